@@ -1,0 +1,342 @@
+"""Labelled pictures in, batches of bytes out.
+
+    train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
+    images = Images(train, partial(crop_flip, size=32), seed=0)
+    order = TrainSampler(len(train), batch_size=128)
+    for pictures, labels in loader(images, order, workers=2):  # uint8 (128, 3, 32, 32), int64 (128,)
+        logits = model(normalize(pictures))
+
+Every random draw is a function of what it is for: the order of an epoch of (seed, epoch), the augmentation of a picture
+of (seed, epoch, index). So there is no generator whose state would have to be saved, and the number of workers changes nothing.
+
+`python data.py --data cifar10` saves a labelled grid of training pictures, as the model sees them.
+"""
+import argparse
+import math
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
+BUILT_IN = ("shapes", "shapes-cue", "cifar10", "cifar100")
+DOWNLOADS = Path("datasets")                               # where CIFAR is kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: pairs (PIL image, label), and .classes
+
+
+def open_data(data, split, img_size, classes=None):
+    """A split, "train" or "val", of a built-in data set or of a folder PATH/SPLIT/CLASS/PICTURE.
+
+    Labels are places in `classes`, by default the names of this data set's own classes. ValueError in one sentence if
+    there is nothing to open, or a class that is not among them.
+    """
+    if data in ("shapes", "shapes-cue"):
+        source = Shapes(split, img_size, cue=data == "shapes-cue")
+    elif data in ("cifar10", "cifar100"):
+        source = open_cifar(datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100, split)
+    else:
+        return open_folder(Path(data), split, classes)
+    if classes is not None and list(classes) != list(source.classes):
+        raise ValueError(f"--data {data} has the classes {some(source.classes)}, but the model knows {some(classes)}: "
+                         "use the data that it was trained on")
+    return source
+
+
+def open_cifar(dataset, split):
+    try:
+        return dataset(DOWNLOADS, train=split == "train", download=True)
+    except Exception as error:  # no network shows as any of a dozen kinds
+        raise ValueError(f"--data {dataset.__name__.lower()} could not be downloaded to {DOWNLOADS}/ ({error}): connect to "
+                         "a network, or give --data a folder with train/ and val/ class folders") from error
+
+
+def open_folder(root, split, classes):
+    folder = root / split
+    if not root.is_dir():
+        raise ValueError(f"--data {root} is neither one of {', '.join(BUILT_IN)} nor a folder: check the path")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing: put pictures into {folder}/CLASS/, a folder for each class")
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not found:
+        raise ValueError(f"{folder} has no class folders: move its pictures into {folder}/CLASS/, a folder for each class")
+    classes = found if classes is None else list(classes)
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        raise ValueError(f"{folder} has the class folders {some(unknown)}, which are not among the model's "
+                         f"{len(classes)} classes ({some(classes)}): use the data that it was trained on, or remove them")
+    try:
+        source = ImageFolder(folder, classes)
+    except FileNotFoundError as error:                     # ImageFolder's own check
+        raise ValueError(f"{folder}: a class folder without pictures ({str(error).splitlines()[0]} Remove it or fill it") from error
+    return source
+
+
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's, with labels by a given list of classes; not all of them need to be there."""
+
+    def __init__(self, folder, classes):
+        self.known = {name: label for label, name in enumerate(classes)}
+        super().__init__(folder)
+        self.classes = list(classes)
+
+    def find_classes(self, folder):
+        names, _ = super().find_classes(folder)
+        return names, {name: self.known[name] for name in names}
+
+
+def some(names):
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes: a data set with nothing to download
+
+
+def polygon(*points):
+    """The signed distance to a closed polygon, negative inside, as a function of coordinates."""
+    a = np.array(points, dtype=np.float32)
+    edge = np.roll(a, -1, axis=0) - a                                            # V, 2
+
+    def distance(x, y):                                                          # H, W
+        px, py = x - a[:, :1, None], y - a[:, 1:, None]                          # V, H, W: from each corner
+        ex, ey = edge[:, :1, None], edge[:, 1:, None]
+        t = np.clip((px * ex + py * ey) / (ex ** 2 + ey ** 2), 0, 1)             # nearest point of each edge
+        away = np.sqrt(((px - t * ex) ** 2 + (py - t * ey) ** 2).min(0))
+        above, left = py < 0, px * ey - py * ex > 0
+        crossing = (above != np.roll(above, -1, axis=0)) & (left == (ey > 0))    # edges that a ray to one side meets
+        return np.where(crossing.sum(0) % 2, -away, away)
+    return distance
+
+
+def around(*radii, turn=-math.pi / 2):
+    """Corners at equal angles about the centre."""
+    return [(r * math.cos(turn + 2 * math.pi * i / len(radii)), r * math.sin(turn + 2 * math.pi * i / len(radii)))
+            for i, r in enumerate(radii)]
+
+
+def heart(t):
+    return (0.95 * math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
+
+
+SHAPES = {  # signed distances, for x to the right and y down, in units of the shape's radius
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.22,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.8 - np.hypot(x - 0.5, y)),
+    "bar": lambda x, y: np.hypot(x, y - np.clip(y, -0.75, 0.75)) - 0.27,
+    "triangle": polygon(*around(1, 1, 1)),
+    "square": polygon(*around(1, 1, 1, 1, turn=math.pi / 4)),
+    "star": polygon(*around(*[1, 0.42] * 5)),
+    "plus": polygon((-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                    (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)),
+    "heart": polygon(*(heart(2 * math.pi * i / 24) for i in range(24))),
+    "arrow": polygon((0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)),
+}
+
+TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a period; none is another one mirrored
+    "plain": lambda u, v: 0 * u - 1,
+    "rows": lambda u, v: np.sin(v),
+    "columns": lambda u, v: np.sin(u),
+    "slashes": lambda u, v: np.sin((u + v) * 0.7),
+    "checks": lambda u, v: 2 * np.sin(u * 0.7) * np.sin(v * 0.7),
+    "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.7,
+    "grid": lambda u, v: 2 * np.maximum(np.cos(u), np.cos(v)) - 1.2,
+    "rings": lambda u, v: np.sin(np.hypot(u, v)),
+    "waves": lambda u, v: np.sin(v + 1.5 * np.sin(u * 0.7)),
+    "fade": lambda u, v: v / 8,
+}
+
+
+class Shapes(Dataset):
+    """Ten shapes, each filled with one of ten textures, over a darker background. A picture is a function of (seed, split,
+    index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
+
+    Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val", and
+    never in the third split, "conflict".
+    """
+    classes = list(SHAPES)
+    count = {"train": 10_000, "val": 2_000, "conflict": 2_000}
+
+    def __init__(self, split, img_size, cue=False, seed=0):
+        self.split, self.img_size, self.cue, self.seed = split, img_size, cue, seed
+
+    def __len__(self):
+        return self.count[self.split]
+
+    def kinds(self, index, rng):
+        """Which shape, which texture: places in SHAPES and TEXTURES."""
+        shape, other = index % len(SHAPES), rng.randrange(1, len(TEXTURES))
+        if self.split == "conflict":
+            return shape, (shape + other) % len(TEXTURES)
+        return shape, shape if self.cue else rng.randrange(len(TEXTURES))
+
+    def __getitem__(self, index):
+        rng = random.Random(f"{self.seed} {self.split} {index}")
+        shape, texture = self.kinds(index, rng)
+        pixel = 2 / self.img_size                                                # the picture spans -1 to 1
+        line = np.arange(pixel / 2 - 1, 1, pixel, dtype=np.float32)[: self.img_size]
+        x, y = line[None, :], line[:, None]
+
+        # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it in minutes.
+        radius, turn = rng.uniform(0.4, 0.75), math.radians(rng.uniform(-45, 45))
+        room = 1 - radius
+        dx, dy = x - rng.uniform(-room, room), y - rng.uniform(-room, room)
+        dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
+        inside = 0.5 - SHAPES[self.classes[shape]](dx / radius, dy / radius) * radius / pixel
+        inside = np.clip(inside, 0, 1)[..., None]                                # H, W, 1
+
+        wave = 2 * math.pi / rng.uniform(0.24, 0.4)                              # 4 to 6.4 pixels a period at 32
+        u, v = wave * (dx - rng.uniform(-.1, .1)), wave * (dy - rng.uniform(-.1, .1))
+        tone = list(TEXTURES.values())[texture](u, v)
+        tone = np.clip(0.5 + tone, 0, 1)[..., None]
+
+        def colour(low, high):
+            return np.array([rng.uniform(low, high) for _ in range(3)], dtype=np.float32)
+        light, middle, dark, darker = colour(0.7, 1), colour(0.35, 0.65), colour(0, 0.3), colour(0, 0.3)
+        fill = middle * tone + light * (1 - tone)
+        slope = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))[..., None] / 4 + 0.5
+        back = dark * slope + darker * (1 - slope)
+        picture = fill * inside + back * (1 - inside)
+        return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms: PIL image in, PIL image of size x size out; `rng` is their only source of randomness
+
+
+def fit(image, size):
+    """Resize the shorter side to `size` and cut out the middle; a picture of that size is left alone."""
+    if image.size == (size, size):
+        return image
+    return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), size)
+
+
+def eval_transform(image, rng, size):
+    """The published evaluation: up to 32 pixels the whole picture, below 384 the middle 7/8, from 384 on warped to fit."""
+    if size <= 32:
+        return fit(image, size)
+    if size >= 384:
+        return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
+    return TF.center_crop(TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC), size)
+
+
+def crop_flip(image, rng, size):
+    """For small pictures: pad by an eighth, crop anywhere, flip half of them."""
+    pad = size // 8
+    image = ImageOps.expand(fit(image, size), pad)
+    left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)
+    image = image.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def normalize(images):
+    """Bytes to what the model takes, on their device: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
+    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label)
+
+
+class Images(Dataset):
+    """A data set with a transform whose randomness is a function of (seed, epoch, index)."""
+
+    def __init__(self, source, transform, seed=0):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label = self.source[index]
+        image = self.transform(image.convert("RGB"), random.Random(f"{self.seed} {epoch} {index}"))
+        return TF.pil_to_tensor(image), label
+
+
+class TrainSampler(Sampler):
+    """This rank's micro-batches of an epoch. Set .epoch before each; what is left of the last global batch is dropped.
+
+    Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
+    that share it.
+    """
+
+    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0):
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.rank, self.world, self.seed, self.epoch = rank, world, seed, 0
+
+    def __len__(self):
+        return self.images // self.batch_size * self.accumulate
+
+    def __iter__(self):
+        shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=shuffle)
+        order = order[: self.images // self.batch_size * self.batch_size]
+        order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
+        for batch in order[:, self.rank].tolist():
+            yield [(self.epoch, index) for index in batch]
+
+
+class EvalSampler(Sampler):
+    """This rank's share of all images, in batches, the last one short: every image once, whatever the ranks."""
+
+    def __init__(self, images, batch_size, rank=0, world=1):
+        self.indices, self.batch_size = range(rank, images, world), batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self):
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start: start + self.batch_size]]
+
+
+def loader(images, sampler, workers, pin_memory=False):
+    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+                      persistent_workers=workers > 0)
+
+
+def seed_of(*key):
+    """A seed for torch's generators that is a function of what the draw is for."""
+    return random.Random(repr(key)).getrandbits(63)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Look at what goes in
+
+
+def grid(images, classes, rows=6, columns=10, cell=96):
+    """One picture of rows x columns pictures drawn at random, enlarged, each with its label."""
+    sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
+    rng = random.Random("grid")
+    for i in range(rows * columns):
+        pixels, label = images[0, rng.randrange(len(images.source))]
+        x, y = i % columns * cell, i // columns * (cell + 14)
+        sheet.paste(TF.to_pil_image(pixels).resize((cell - 2, cell - 2), Image.NEAREST), (x, y))
+        ImageDraw.Draw(sheet).text((x + 2, y + cell - 2), classes[label][:15], fill="black")
+    return sheet
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Save a labelled grid of training pictures, as the model sees them.")
+    parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
+    parser.add_argument("--split", default="train", help="train or val")
+    parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--out", default="samples.png", help="where the picture goes")
+    args = parser.parse_args()
+    try:
+        source = open_data(args.data, args.split, args.img_size)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    transform = crop_flip if args.split == "train" else eval_transform
+    grid(Images(source, partial(transform, size=args.img_size)), source.classes).save(args.out)
+    print(f"{len(source):,} pictures in {len(source.classes)} classes; a sample of them is in {args.out}")

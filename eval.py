@@ -1,0 +1,186 @@
+"""How good is a trained model?
+
+    python eval.py out/tiny-soft_mask-shapes-1/best.pt                       # on the data that it was trained on
+    python eval.py out/tiny-soft_mask-shapes-1/best.pt --data PATH --json    # on PATH/val, as one line of JSON
+    python eval.py out/tiny-soft_mask-shapes-1/best.pt --image cat.jpg       # the five most likely classes of one picture
+    torchrun --nproc_per_node=8 eval.py ...                                  # the same numbers, sooner
+
+A checkpoint knows its model, its classes and its soft mask, so no flags say them again.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+from data import EvalSampler, Images, eval_transform, loader, normalize, open_data
+from model import Config, VisionTransformer, load_weights, read_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices, shared with train.py
+
+
+@contextmanager
+def explain():
+    """Bad input ends a program with its one sentence, said once a machine, and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def setup(device="auto", dtype="auto"):
+    """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
+
+    `auto` takes a GPU where there is one; it computes in bfloat16 on CUDA and in float32 elsewhere.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and "RANK" in os.environ:
+        raise ValueError(f"RANK is set, but {', '.join(missing)} is not: start with torchrun, which sets them all, or unset RANK")
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    if device not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"unknown --device {device!r}; choose one of auto, cuda, mps, cpu")
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: process {local} of this machine has no GPU, it has {torch.cuda.device_count()}; "
+                         "use --device cpu, or fewer processes")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: there is none on this machine; use --device cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown --dtype {dtype!r}; choose one of auto, float32, bfloat16, float16")
+    if dtype == "float16" and device != "cuda":
+        raise ValueError(f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 or float32")
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device), getattr(torch, dtype)
+
+
+def open_once(data, *args, **kwargs):
+    """open_data, first in one process of each machine, so that a download happens once."""
+    if dist.is_initialized() and os.environ["LOCAL_RANK"] != "0":
+        dist.barrier()
+    source = open_data(data, *args, **kwargs)
+    if dist.is_initialized() and os.environ["LOCAL_RANK"] == "0":
+        dist.barrier()
+    return source
+
+
+def default_workers():
+    """Loader processes: this process's share of the machine's cores, at most 8."""
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracy
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, dtype=torch.float32):
+    """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
+
+    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s). Leaves the model in eval mode.
+    """
+    model.eval()
+    start, rows = time.time(), [torch.zeros(4)]
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(normalize(images)).float()
+        hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
+    total = torch.stack([row.cpu() for row in rows]).double().sum(0)
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    hits1, hits5, loss, images = total.tolist()
+    return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images,
+                images=int(images), time_images_per_s=images / (time.time() - start))
+
+
+def build(checkpoint, name):
+    """The model in a checkpoint of train.py, with its weights and its soft mask."""
+    missing = [key for key in ("config", "model", "classes", "alpha") if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}: it is not a checkpoint of train.py")
+    model = VisionTransformer(Config(**checkpoint["config"]))
+    load_weights(model, checkpoint["model"])
+    if checkpoint["alpha"] is not None:
+        model.set_soft_mask(checkpoint["alpha"])
+    return model
+
+
+@torch.no_grad()
+def classify(model, path, transform, classes, device):
+    """The five most likely classes of a picture and their probabilities, likeliest first: {name: probability}."""
+    try:
+        image = Image.open(path)
+        pixels, _ = Images([(image, 0)], transform)[0, 0]
+    except OSError as error:
+        raise ValueError(f"--image {path} cannot be read as a picture ({error}): check the file") from error
+    probabilities = model(normalize(pixels[None].to(device))).softmax(-1)[0]
+    top = probabilities.topk(min(5, len(classes)))
+    return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the checkpoint's own")
+    parser.add_argument("--image", help="name the five most likely classes of this picture instead")
+    parser.add_argument("--soft-mask", type=float, help="alpha, instead of the checkpoint's: 1 bidirectional, 0 causal")
+    parser.add_argument("--json", action="store_true", help="print one dict of JSON")
+    parser.add_argument("--batch-size", type=int, default=256, help="images a forward pass on one rank")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="loader processes a rank")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    args = parser.parse_args()
+
+    with explain():
+        if args.batch_size < 1 or args.workers < 0:
+            raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+        rank, world, device, dtype = setup(args.device, args.dtype)
+        checkpoint = read_checkpoint(args.checkpoint)
+        model = build(checkpoint, args.checkpoint).to(device).eval()
+        if args.soft_mask is not None:
+            model.set_soft_mask(args.soft_mask)
+        classes, size = checkpoint["classes"], model.cfg.img_size
+        transform = partial(eval_transform, size=size)
+        if args.image:
+            named = classify(model, args.image, transform, classes, device)
+            print(json.dumps(named) if args.json else "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in named.items()))
+            return
+        source = open_once(args.data or checkpoint["run"]["data"], "val", size, classes)
+
+    batches = loader(Images(source, transform), EvalSampler(len(source), args.batch_size, rank, world), args.workers)
+    result = evaluate(model, batches, device, dtype)
+    result |= dict(img_size=size, alpha=model.alpha.item() if model.cfg.mask.startswith("soft") else None)
+    if rank == 0:
+        if args.json:
+            print(json.dumps(result))
+        else:
+            mask = f"mask {model.cfg.mask}" + ("" if result["alpha"] is None else f" alpha {result['alpha']:g}")
+            print(f"top-1 {result['test_acc1']:.3f} %  top-5 {result['test_acc5']:.3f} %  loss {result['test_loss']:.4f}  "
+                  f"{result['images']:,} images at {size} x {size}, {mask}, {result['time_images_per_s']:,.0f} images/s")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

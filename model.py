@@ -1,0 +1,417 @@
+"""A vision transformer that becomes a LLaMA decoder, one flag at a time.
+
+`Config()` is ViT [1] as DeiT [2] trains it. Each rung of `STEPS` changes one thing, and the last one is iLLaMA [3]: the
+decoder block of LLaMA [4] reading image patches. Weights carry the names of the published checkpoints.
+
+    model = VisionTransformer(config("tiny"))                  # iLLaMA-T/16, the last rung
+    model = VisionTransformer(config("tiny", step="vit"))      # ViT-T/16, the first
+    logits = model(images)                                     # (B, 3, 224, 224) -> (B, 1000)
+
+`python model.py` prints the ladder.
+
+Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M tokens that are read.
+
+[1] ViT, arXiv 2010.11929    [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773    [4] LLaMA, arXiv 2302.13971
+[5] SwiGLU, arXiv 2002.05202    [6] RMSNorm, arXiv 1910.07467    [7] RoPE, arXiv 2104.09864    [8] stochastic depth, arXiv 1603.09382
+"""
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+MASKS = ("none", "causal", "modified", "soft", "soft_log")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that fixes the shape of a model. The defaults are ViT-T/16 for ImageNet; see SIZES and STEPS for the rest."""
+    img_size: int = 224       # pixels a side of the square input
+    patch_size: int = 16      # pixels a side of a patch; img_size is a multiple of it
+    num_classes: int = 1000   # outputs of the head
+    width: int = 192          # channels of a token, D
+    depth: int = 12           # blocks
+    heads: int = 3            # attention heads; D / heads channels each, 64 in all published sizes
+    drop_path: float = 0.0    # share of samples whose residual branch is skipped in the last block [8]
+    # The ladder, in the order in which it is climbed:
+    swiglu: bool = False      # MLP gated by a SiLU [5], without biases, in place of GELU
+    rmsnorm: bool = False     # RMSNorm [6] in place of LayerNorm
+    mask: str = "none"        # who sees whom in attention: none, causal, modified, soft or soft_log
+    cls_last: bool = False    # class token after the patches ("post-sequence"), not before them
+    rope: bool = False        # rotary position embedding [7] of queries and keys
+    abs_pos: bool = True      # learned position embedding, added to the tokens
+
+    def __post_init__(self):
+        for name in ("img_size", "patch_size", "num_classes", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}; "
+                             f"{self.img_size // self.patch_size * self.patch_size or self.patch_size} is")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one of them")
+        if self.rope and self.width // self.heads % 2:
+            raise ValueError(f"rope turns pairs of channels, but a head has {self.width // self.heads}: "
+                             "choose width and heads that make it even")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and less than 1")
+        if self.mask not in MASKS:
+            raise ValueError(f"unknown mask {self.mask!r}; choose one of {', '.join(MASKS)}")
+
+    @property
+    def tokens(self):
+        """N: the patches and the class token."""
+        return (self.img_size // self.patch_size) ** 2 + 1
+
+
+SIZES = {  # the published widths, depths and heads
+    "nano": dict(width=128, depth=12, heads=2),
+    "tiny": dict(width=192, depth=12, heads=3),
+    "small": dict(width=384, depth=12, heads=6),
+    "base": dict(width=768, depth=12, heads=12),
+    "large": dict(width=1024, depth=24, heads=16),
+}
+
+STEPS = {  # each rung: what it changes against the one before
+    "vit": dict(),
+    "swiglu": dict(swiglu=True),
+    "rmsnorm": dict(rmsnorm=True),
+    "causal": dict(mask="causal"),                # collapses: the class token, being first, sees nothing but itself
+    "ps_cls": dict(cls_last=True),                # the cure: last in line, it sees every patch
+    "rope": dict(rope=True, abs_pos=False),
+    "abs_pos": dict(abs_pos=True),                # both kinds of position together
+    "soft_mask": dict(mask="soft"),               # iLLaMA: bidirectional at first, causal later (see set_soft_mask)
+}
+
+
+def config(size="tiny", step="soft_mask", **overrides):
+    """The Config of a size on a rung of the ladder, all rungs up to it applied; any field can be overridden."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+    if step not in STEPS:
+        raise ValueError(f"unknown step {step!r}; choose one of {', '.join(STEPS)}")
+    known = [f.name for f in fields(Config)]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r}; a Config has {', '.join(known)}")
+    rungs = {}
+    for rung, changes in STEPS.items():
+        rungs |= changes
+        if rung == step:
+            break
+    return Config(**SIZES[size] | rungs | overrides)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts, each with its formula
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight [6]: LayerNorm without the mean and the bias. Statistics in float32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def rope_table(tokens, dim, theta=10000.0):
+    """(2, N, d/2): cosine and sine of the angle t * theta^(-2k/d), for token t and pair of channels k [7].
+
+    t is the place in the sequence: patches in raster order, the class token like any other.
+    """
+    frequency = theta ** (-torch.arange(0, dim, 2) / dim)            # d/2
+    angle = torch.outer(torch.arange(tokens), frequency)             # N, d/2
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, table):
+    """Turn each pair of neighbouring channels by its token's angle, as LLaMA does; q . k then knows the distance alone.
+
+    x: (B, h, N, d), table: (2, N, d/2). (a + ib) * (cos + i sin), written in real numbers and computed in float32.
+    """
+    cos, sin = table
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # B, h, N, d/2
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two MLPs
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))), hidden 4 D: ViT's."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1(x)) * fc3(x)) [5]: LLaMA's. Three matrices for two, so hidden is 8/3 D, made a multiple of 256."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+        self.fc1 = nn.Linear(dim, hidden, bias=False)                # gate
+        self.fc3 = nn.Linear(dim, hidden, bias=False)                # up
+        self.fc2 = nn.Linear(hidden, dim, bias=False)                # down
+
+    def forward(self, x):
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, block, model
+
+
+class Attention(nn.Module):
+    """Multi-head attention: softmax(q k' / sqrt(d) + bias) * gate, times v.
+
+    bias and gate are (N, N), or None where a rung has none; VisionTransformer.masks makes them. `read` picks the tokens
+    whose output is wanted, all by default; every token is seen.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.heads
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+
+    def qkv_heads(self, x, rope, read):
+        """x: (B, N, D) -> q (B, h, M, d), k and v (B, h, N, d), q and k rotated."""
+        if read == slice(None):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)                   # B, N, D each
+        else:  # the same rows of the same matrix, but queries only where they are read
+            D = x.shape[-1]
+            q = F.linear(x[:, read], self.qkv.weight[:D], self.qkv.bias[:D])
+            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if rope is not None:
+            q, k = rotate(q, rope[:, read]), rotate(k, rope)
+        return q, k, v
+
+    def weights(self, q, k, bias, gate):
+        """(B, h, M, N): the attention map as it multiplies the values. Rows sum to 1 unless there is a gate."""
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        attn = scores.softmax(dim=-1)
+        return attn if gate is None else attn * gate
+
+    def forward(self, x, rope, bias, gate, read=slice(None)):
+        q, k, v = self.qkv_heads(x, rope, read)
+        bias, gate = (m if m is None else m[read].type_as(q) for m in (bias, gate))
+        if gate is None:                                             # nothing after the softmax: one fused kernel
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            y = self.weights(q, k, bias, gate) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))               # B, M, D
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); in training each branch is skipped now and then [8]."""
+
+    def __init__(self, cfg, drop_path):
+        super().__init__()
+        self.norm1 = norm(cfg)
+        self.attn = Attention(cfg)
+        self.norm2 = norm(cfg)
+        self.mlp = SwiGLU(cfg.width) if cfg.swiglu else MLP(cfg.width)
+        self.drop_path = StochasticDepth(drop_path, mode="row")      # an independent draw for each sample and branch
+
+    def forward(self, x, rope, bias, gate, read=slice(None)):
+        x = x[:, read] + self.drop_path(self.attn(self.norm1(x), rope, bias, gate, read))
+        return x + self.drop_path(self.mlp(self.norm2(x)))           # B, M, D
+
+
+def norm(cfg):
+    return RMSNorm(cfg.width) if cfg.rmsnorm else nn.LayerNorm(cfg.width, eps=1e-6)
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches, in raster order, and project each to D channels: one strided convolution."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = nn.Conv2d(3, cfg.width, kernel_size=cfg.patch_size, stride=cfg.patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)          # B, P, D
+
+
+class VisionTransformer(nn.Module):
+    """ViT, iLLaMA and every rung between them: images (B, 3, H, W) -> logits (B, num_classes)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, cfg.tokens, cfg.width)) if cfg.abs_pos else None
+        rate = cfg.drop_path / max(1, cfg.depth - 1)                 # grows linearly from 0 over the blocks
+        self.blocks = nn.ModuleList(Block(cfg, i * rate) for i in range(cfg.depth))
+        self.norm = norm(cfg)
+        self.head = nn.Linear(cfg.width, cfg.num_classes)
+        self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's place in the sequence
+
+        # What can be computed is not stored: none of these is in the state dict.
+        self.register_buffer("rope", rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None, persistent=False)
+        visible = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()   # row i: what token i sees
+        if cfg.mask == "modified":
+            visible[self.cls] = True
+        self.register_buffer("visible", visible, persistent=False)
+        # A tensor, so that a compiled model sees a new value without being compiled again.
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+
+        self.apply(init_weights)
+        for p in (self.cls_token, self.pos_embed):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=0.02)
+
+    def set_soft_mask(self, alpha):
+        """How much of the future a token sees: 1 is bidirectional attention, 0 (at first) causal."""
+        if self.cfg.mask not in ("soft", "soft_log"):
+            raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
+        self.alpha.fill_(alpha)
+
+    def masks(self):
+        """bias, added before the softmax, and gate, multiplied after it: (N, N) each, or None.
+
+        `soft` is the published mask: future values are scaled by alpha once the softmax has been taken, so future keys
+        keep their share of its denominator, and even at alpha 0 a token can tell something of what comes after it.
+        `soft_log` scales exp(score) instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+        """
+        if self.cfg.mask == "none":
+            return None, None
+        if self.cfg.mask == "soft":
+            return None, torch.where(self.visible, 1.0, self.alpha)
+        return torch.where(self.visible, 0.0, self.alpha.log()), None   # causal and modified: alpha stays 0
+
+    def embed(self, images):
+        """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
+        if images.shape[1:] != (3, self.cfg.img_size, self.cfg.img_size):
+            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, 3, {self.cfg.img_size}, "
+                             f"{self.cfg.img_size}): resize them, or build it with another img_size")
+        patches = self.patch_embed(images)                           # B, P, D
+        cls = self.cls_token.expand(len(images), -1, -1)             # B, 1, D
+        x = torch.cat([patches, cls] if self.cfg.cls_last else [cls, patches], dim=1)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+    def forward(self, images):
+        """Logits. Of the last block only the class token is read, so only it is computed there."""
+        x = self.embed(images)                                       # B, N, D
+        seen = self.rope, *self.masks()
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, *seen)
+        x = last(x, *seen, read=self.cls)                            # B, 1, D
+        return self.head(self.norm(x)).squeeze(1)                    # B, num_classes
+
+    def forward_features(self, images):
+        """All tokens after the last norm: (B, N, D)."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x, self.rope, *self.masks())
+        return self.norm(x)
+
+    def attention_maps(self, images):
+        """The maps as they multiply the values, (depth, B, heads, N, N): row i is where token i looks."""
+        x, maps, masks = self.embed(images), [], self.masks()
+        for block in self.blocks:
+            q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope, slice(None))
+            maps.append(block.attn.weights(q, k, *masks))
+            x = block(x, self.rope, *masks)
+        return torch.stack(maps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out
+
+
+def init_weights(module):
+    """DeiT's start: linear weights from a normal of standard deviation 0.02, biases 0; the convolution keeps torch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def read_checkpoint(path):
+    """The dict in a file. Weights and plain types only: a pickle that would run code is refused. ValueError if unreadable."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}: check the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
+        raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types "
+                         f"({str(error).splitlines()[0]}): use another file") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
+    return checkpoint
+
+
+def load_weights(model, source, new_head=False):
+    """Load a checkpoint's path, or a state dict, into the model. Returns sentences about what had to be adapted.
+
+    Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where `new_head`
+    is set: of another number of classes, it keeps the model's fresh weights. ValueError lists what does not fit.
+    """
+    state = source if isinstance(source, dict) else read_checkpoint(source)
+    state = state.get("model", state)
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}   # DDP, torch.compile
+    own, notes = model.state_dict(), []
+
+    pos, own_pos = state.get("pos_embed"), own.get("pos_embed")
+    if pos is not None and own_pos is not None and pos.shape[1] != own_pos.shape[1]:
+        state["pos_embed"] = resize_positions(pos, own_pos.shape[1], model.cfg.cls_last)
+        notes.append(f"learned positions resized from {pos.shape[1] - 1} to {own_pos.shape[1] - 1} patches")
+    if new_head and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
+        notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} now")
+        state |= {name: own[name] for name in ("head.weight", "head.bias")}
+
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is not in the model" for name in state.keys() - own.keys()]
+    wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:6])}"
+                         f"{f' and {len(wrong) - 6} more' if len(wrong) > 6 else ''}; build the model that they were saved from")
+    model.load_state_dict(state)
+    return notes
+
+
+def resize_positions(pos, tokens, cls_last):
+    """Bicubic resize of the patches' positions, (1, P + 1, D) -> (1, tokens, D); the class token's is kept as it is."""
+    old, new = math.isqrt(pos.shape[1] - 1), math.isqrt(tokens - 1)
+    if old ** 2 + 1 != pos.shape[1]:
+        raise ValueError(f"pos_embed has {pos.shape[1]} rows, which is no square grid of patches and a class token")
+    grid, cls = (pos[:, :-1], pos[:, -1:]) if cls_last else (pos[:, 1:], pos[:, :1])
+    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)         # 1, D, old, old
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = grid.flatten(2).transpose(1, 2)                           # 1, P, D
+    return torch.cat([grid, cls] if cls_last else [cls, grid], dim=1)
+
+
+if __name__ == "__main__":
+    print("parameters of each rung at 224 pixels, 1,000 classes")
+    print(f"{'step':10} {'changes':28}", *(f"{size:>12}" for size in SIZES))
+    for step, changes in STEPS.items():
+        with torch.device("meta"):                                   # shapes without memory
+            counts = [sum(p.numel() for p in VisionTransformer(config(size, step)).parameters()) for size in SIZES]
+        print(f"{step:10} {', '.join(f'{k}={v}' for k, v in changes.items()):28}", *(f"{n:12,}" for n in counts))

@@ -1,0 +1,372 @@
+"""Train any rung of the ladder, on anything from a laptop's CPU to many machines.
+
+    python train.py --size tiny                                # iLLaMA-T on the built-in shapes, nothing to download
+    torchrun train.py --size tiny                              # the same
+    torchrun --nproc_per_node=8 train.py --data PATH           # 8 GPUs, a folder with train/ and val/ class folders
+    python train.py --data cifar10 --step ps_cls --no-rmsnorm  # any rung, any flag on top
+    python train.py --resume                                   # go on with the newest run
+
+A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line an
+epoch), last.pt and best.pt; eval.py reads the last two.
+"""
+import argparse
+import inspect
+import io
+import json
+import math
+import os
+import re
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Images, EvalSampler, TrainSampler, crop_flip, eval_transform, loader, normalize, seed_of
+from eval import default_workers, evaluate, explain, open_once, setup
+from model import Config, VisionTransformer, config, load_weights, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. An epoch is the whole global batches that the training pictures give; the remainder waits a turn."""
+    img_size: int                # pixels a side
+    patch_size: int              # pixels a side of a patch
+    epochs: int                  # times through the training pictures
+    batch_size: int              # images an iteration: over all ranks and micro-batches
+    micro_batch: int             # images a forward pass on one rank, at most; gradients accumulate over them
+    lr: float                    # peak learning rate of AdamW, whatever the batch size
+    min_lr: float                # where the cosine ends
+    warmup_epochs: int           # linear warm-up from 0
+    weight_decay: float          # AdamW's, on matrices alone
+    clip_grad: float             # largest norm of the gradient; 0 does not clip
+    drop_path: float             # stochastic depth, in the last block; 0 in the first
+    label_smoothing: float       # probability spread evenly over the classes
+    soft_mask_schedule: str      # constant (alpha stays 1) or linear (1 to 0), then 0
+    soft_mask_epochs: int        # for so many epochs; 0 is causal from the start
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "soft_mask_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if self.soft_mask_schedule not in ("constant", "linear"):
+            raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose constant or linear")
+
+
+RECIPES = {
+    "small-data": Recipe(  # pictures of about 32 pixels, minutes on a CPU
+        img_size=32, patch_size=8, epochs=8, batch_size=128, micro_batch=128,
+        lr=1e-3, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0, label_smoothing=0.1,
+        soft_mask_schedule="linear", soft_mask_epochs=2),
+}
+
+
+@dataclass
+class Run:
+    """What to train, on what, where."""
+    size: str = "tiny"           # nano, tiny, small, base or large
+    step: str = "soft_mask"      # rung of the ladder, see model.py
+    recipe: str = "small-data"   # how to train, see RECIPES
+    data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
+    seed: int = 0                # of weights, order and augmentation
+
+
+@dataclass
+class Machine:
+    """What changes nothing about the run but its speed and last digits."""
+    out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
+    device: str = "auto"         # auto, cuda, mps or cpu
+    dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
+    compile: bool = False        # torch.compile the model
+    workers: int = default_workers()   # loader processes a rank
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the iteration
+
+
+def lr_at(iteration, recipe, iterations_per_epoch):
+    """Warm-up from 0 to the peak, both ends included, then a cosine that would reach min_lr one iteration after the last."""
+    warmup, total = recipe.warmup_epochs * iterations_per_epoch, recipe.epochs * iterations_per_epoch
+    if iteration < warmup:
+        return recipe.lr * iteration / max(1, warmup - 1)
+    progress = (iteration - warmup) / (total - warmup)
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def soft_mask_at(iteration, recipe, iterations_per_epoch):
+    """alpha: 1 or falling to 0 for soft_mask_epochs, both ends included, then 0."""
+    end = recipe.soft_mask_epochs * iterations_per_epoch
+    if iteration >= end:
+        return 0.0
+    return 1.0 if recipe.soft_mask_schedule == "constant" else 1 - iteration / max(1, end - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line comes from the dataclasses
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def add_flags(parser, cls, skip=()):
+    """A flag for each field, its comment as the help. Only flags that were given appear in the result."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
+    for field in fields(cls):
+        if field.name not in skip:
+            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                                help=comments[field.name].replace("%", "%%"), **kind)
+
+
+def pick(cls, values):
+    """The part of a dict that a dataclass takes."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
+
+def parse_flags(argv=None):
+    """The flags that were given, by name; --resume is '' when it came without a path."""
+    parser = Parser(description="Train any rung of the ladder from ViT to iLLaMA.", allow_abbrev=False)
+    add_flags(parser, Run)
+    add_flags(parser, Machine)
+    parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
+                        help="go on from a checkpoint or a run's folder; without PATH: from --out, or the newest run in out/")
+    add_flags(parser.add_argument_group("recipe"), Recipe)
+    add_flags(parser.add_argument_group("model"), Config, skip=("num_classes", *(f.name for f in fields(Recipe))))
+    return vars(parser.parse_args(argv))
+
+
+def settle(given, checkpoint):
+    """Flags, recipe and checkpoint -> (Run, Recipe, the Config's fields that do not follow from them)."""
+    if checkpoint is not None:
+        saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved[name]})"
+                   for name, value in given.items() if name in saved and saved[name] != value]
+        if changed:
+            raise ValueError(f"--resume goes on with the run as it was started, but {', '.join(changed)} differs: "
+                             "drop the flag, or start a new run")
+        given = saved | given
+    run = Run(**pick(Run, given))
+    if run.recipe not in RECIPES:
+        raise ValueError(f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
+    recipe = replace(RECIPES[run.recipe], **pick(Recipe, given))
+    cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
+    explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
+    if explicit and checkpoint is None and not cfg.mask.startswith("soft"):
+        raise ValueError(f"--{explicit[0].replace('_', '-')} needs a soft mask, but --step {run.step} has mask {cfg.mask!r}: "
+                         "drop the flag, or add --mask soft")
+    return run, recipe, cfg
+
+
+def divide(recipe, world, strict):
+    """Images a forward pass, and forward passes an iteration, on each rank."""
+    share, left = divmod(recipe.batch_size, world)
+    micro = recipe.micro_batch if strict else min(recipe.micro_batch, max(1, share))
+    if left or share % micro:
+        raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {world} ranks x --micro-batch {micro}: "
+                         f"{max(1, round(recipe.batch_size / world / micro)) * world * micro} is")
+    return micro, share // micro
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def find_resume(given):
+    """The checkpoint that --resume means, or None: it was not given, or nothing has been saved yet."""
+    if "resume" not in given:
+        return None
+    place = Path(given["resume"] or given.get("out") or "out")
+    if place.is_file():
+        return place
+    found = sorted([*place.glob("last.pt"), *place.glob("*/last.pt")], key=lambda path: path.stat().st_mtime)
+    if not found and given["resume"]:
+        raise ValueError(f"--resume {place}: no checkpoint there; check the path, or leave --resume out to start a run")
+    return found[-1] if found else None
+
+
+def make_folder(out, name):
+    """The run's folder, new or empty. Without `out`: out/NAME-N, N the next free number."""
+    if out:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out {folder} is not empty: give another folder, or --resume {folder} to go on with its run")
+    else:
+        taken = [int(path.name.rsplit("-", 1)[1]) for path in Path("out").glob(f"{name}-*")
+                 if path.name.rsplit("-", 1)[1].isdigit()]
+        folder = Path("out") / f"{name}-{max(taken, default=0) + 1}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from error
+    return folder
+
+
+def save(checkpoint, path):
+    """Write a checkpoint so that `path` is at any moment whole: the old one or the new one."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def make_optimizer(model, recipe):
+    """AdamW; no decay on norms, biases, positions and class token."""
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        (rest if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay).append(p)
+    groups = [dict(params=decay, weight_decay=recipe.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def main(argv=None):
+    with explain():   # whatever the user can get wrong is found in here, before any work is done
+        given = parse_flags(argv)
+        machine = Machine(**pick(Machine, given))
+        path = find_resume(given)
+        checkpoint = None if path is None else read_checkpoint(path)
+        run, recipe, cfg = settle(given, checkpoint)
+        rank, world, device, dtype = setup(machine.device, machine.dtype)
+        micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
+        train = open_once(run.data, "train", cfg.img_size, checkpoint and checkpoint["classes"])
+        val = open_once(run.data, "val", cfg.img_size, train.classes)
+        if len(train) < recipe.batch_size:
+            raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
+                             f"{recipe.batch_size}: make it smaller")
+        cfg = replace(cfg, num_classes=len(train.classes))
+        name = f"{run.size}-{run.step}-{Path(run.data).name}"
+        folder = path.parent if path else make_folder(given.get("out"), name) if rank == 0 else None
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+
+    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed)
+    train_batches = loader(Images(train, partial(crop_flip, size=cfg.img_size), run.seed), sampler,
+                           machine.workers, pin_memory=device.type == "cuda")
+    val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
+                         EvalSampler(len(val), micro_batch, rank, world), machine.workers)
+    iterations_per_epoch = len(train) // recipe.batch_size
+    total = recipe.epochs * iterations_per_epoch
+
+    torch.manual_seed(seed_of("weights", run.seed))
+    model = VisionTransformer(cfg).to(device)
+    if machine.compile:
+        model.compile()
+    soft = cfg.mask.startswith("soft")
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    iteration, best = 0, -1.0
+    if checkpoint is not None:
+        load_weights(model, checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        iteration, best = checkpoint["iteration"], checkpoint["best_acc1"]
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    n_parameters = sum(p.numel() for p in model.parameters())
+
+    say(f"model   {run.size}, step {run.step}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
+        f"in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
+    say(f"data    {run.data}: {len(train):,} pictures to train, {len(val):,} to test, {len(train.classes)} classes")
+    say(f"batch   {recipe.batch_size} = {world} ranks x {accumulate} micro-batches x {micro_batch} images; "
+        f"{iterations_per_epoch} iterations an epoch, {recipe.epochs} epochs, recipe {run.recipe}")
+    say(f"device  {device.type}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
+        f"{str(dtype).removeprefix('torch.')}{', compiled' if machine.compile else ''}")
+    if rank == 0:
+        rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch] if path else []
+        log = open(folder / "metrics.jsonl", "w")
+        log.writelines(row + "\n" for row in rows)
+        settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    say(f"resume  {path} at iteration {iteration} of {total}" if path else f"run     {folder}")
+
+    started = time.time()
+    for epoch in range(iteration // iterations_per_epoch, recipe.epochs):
+        model.train()
+        sampler.epoch, batches = epoch, iter(train_batches)
+        epoch_started = shown = time.time()
+        loss_sum, since = torch.zeros((), device=device), 0
+        bar = tqdm(total=iterations_per_epoch, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
+        for step in range(iterations_per_epoch):
+            lr = lr_at(iteration, recipe, iterations_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if soft:
+                alpha = soft_mask_at(iteration, recipe, iterations_per_epoch)
+                model.set_soft_mask(alpha)
+            torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
+            for micro in range(accumulate):
+                images, labels = (t.to(device, non_blocking=True) for t in next(batches))
+                last = micro == accumulate - 1       # gradients of all ranks are averaged once, after the last micro-batch
+                with nullcontext() if last or world == 1 else net.no_sync():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        loss = F.cross_entropy(net(normalize(images)), labels, label_smoothing=recipe.label_smoothing)
+                    scaler.scale(loss / accumulate).backward()
+                loss_sum += loss.detach()
+            if recipe.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            iteration, since = iteration + 1, since + 1
+
+            bar.update()
+            if time.time() - shown > (10 if bar.disable else 1):
+                rate = since * recipe.batch_size / (time.time() - shown)
+                text = f"loss {loss.item():.4f}  lr {lr:.2e}{f'  alpha {alpha:.3f}' if soft else ''}  {rate:,.0f} images/s"
+                bar.set_postfix_str(text)
+                if bar.disable:
+                    say(f"epoch {epoch}  {step + 1}/{iterations_per_epoch}  {text}")
+                shown, since = time.time(), 0
+        bar.close()
+        rate = iterations_per_epoch * recipe.batch_size / (time.time() - epoch_started)
+
+        if world > 1:
+            dist.all_reduce(loss_sum)
+        result = evaluate(model, val_batches, device, dtype)
+        span = range(iteration - iterations_per_epoch, iteration)
+        row = dict(
+            epoch=epoch, train_loss=loss_sum.item() / (iterations_per_epoch * accumulate * world),
+            train_lr=fmean(lr_at(i, recipe, iterations_per_epoch) for i in span),
+            train_soft_mask_rate=fmean(soft_mask_at(i, recipe, iterations_per_epoch) for i in span) if soft else None,
+            **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
+            time_s=time.time() - started, time_images_per_s=rate)
+        say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
+            f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  {rate:,.0f} images/s  {row['time_s']:,.0f} s")
+        if rank == 0:
+            print(json.dumps(row), file=log, flush=True)
+            final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)
+            improved = final and result["test_acc1"] > best   # accuracies under different masks do not compare
+            best = result["test_acc1"] if improved else best
+            weights = dict(**settings, model=model.state_dict(), alpha=alpha if soft else None, iteration=iteration,
+                           best_acc1=best)
+            if improved:
+                save(weights, folder / "best.pt")
+            save(dict(**weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), folder / "last.pt")
+
+    say(f"done    top-1 {best:.2f} % in {folder / 'best.pt'}; evaluate it: "
+        f"python eval.py {folder / 'best.pt'} --data {run.data}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
