@@ -190,7 +190,7 @@ class Shapes(Dataset):
         x, y = line[None, :], line[:, None]
 
         # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it in minutes.
-        radius, turn = rng.uniform(0.4, 0.75), math.radians(rng.uniform(-45, 45))
+        radius, turn = rng.uniform(0.42, 0.75), math.radians(rng.uniform(-40, 40))
         room = 1 - radius
         dx, dy = x - rng.uniform(-room, room), y - rng.uniform(-room, room)
         dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
@@ -204,7 +204,7 @@ class Shapes(Dataset):
 
         def colour(low, high):
             return np.array([rng.uniform(low, high) for _ in range(3)], dtype=np.float32)
-        light, middle, dark, darker = colour(0.7, 1), colour(0.35, 0.65), colour(0, 0.3), colour(0, 0.3)
+        light, middle, dark, darker = colour(0.75, 1), colour(0.45, 0.7), colour(0, 0.25), colour(0, 0.25)
         fill = middle * tone + light * (1 - tone)
         slope = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))[..., None] / 4 + 0.5
         back = dark * slope + darker * (1 - slope)
@@ -233,7 +233,7 @@ def eval_transform(image, rng, size):
 
 
 def crop_flip(image, rng, size):
-    """For small pictures: pad by an eighth, crop anywhere, flip half of them."""
+    """For small pictures: a black border of an eighth, crop anywhere, flip half of them."""
     pad = size // 8
     image = ImageOps.expand(fit(image, size), pad)
     left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)

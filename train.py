@@ -65,9 +65,9 @@ class Recipe:
 
 RECIPES = {
     "small-data": Recipe(  # pictures of about 32 pixels, minutes on a CPU
-        img_size=32, patch_size=8, epochs=8, batch_size=128, micro_batch=128,
-        lr=1e-3, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0, label_smoothing=0.1,
-        soft_mask_schedule="linear", soft_mask_epochs=2),
+        img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=64,
+        lr=7e-4, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0, label_smoothing=0.1,
+        soft_mask_schedule="linear", soft_mask_epochs=1),
 }
 
 

@@ -1,0 +1,406 @@
+"""What is true of the architecture: one property a test. `python -m pytest test_model.py`"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from model import (SIZES, STEPS, Config, RMSNorm, SwiGLU, VisionTransformer, config, load_weights, resize_positions,
+                   rope_table, rotate)
+
+# Every rung of the ladder, and the two masks that stand beside it.
+RUNGS = {step: dict(step=step) for step in STEPS}
+RUNGS |= {"modified": dict(step="rmsnorm", mask="modified"), "soft_log": dict(step="soft_mask", mask="soft_log")}
+every_rung = pytest.mark.parametrize("rung", RUNGS)
+
+
+def hashed(shape, seed):
+    """Float32 numbers in [-1, 1) that are the same everywhere: a 32-bit integer hash of each element's place."""
+    x = np.arange(math.prod(shape), dtype=np.uint32) * np.uint32(2654435761) + np.uint32(seed * 40503 + 1)
+    for shift, factor in ((15, 2246822519), (13, 3266489917), (16, 1)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return torch.from_numpy((x / 2 ** 31 - 1).astype(np.float32)).reshape(shape)
+
+
+def hashed_weights(model, seed=0):
+    """A state dict large enough in its numbers that every part of the model matters."""
+    state = {}
+    for place, (name, value) in enumerate(sorted(model.state_dict().items())):
+        u = hashed(value.shape, seed * 1000 + place)
+        if "norm" in name and name.endswith("weight"):
+            state[name] = 1 + 0.2 * u
+        elif u.ndim == 1:
+            state[name] = 0.05 * u
+        elif name in ("pos_embed", "cls_token"):
+            state[name] = 0.5 * u
+        else:
+            state[name] = u * (3 if "qkv" in name else 1) / math.prod(u.shape[1:]) ** 0.5
+    return state
+
+
+def hashed_images(batch, size=32, seed=0):
+    return 1.5 * hashed((batch, 3, size, size), 777 + seed)
+
+
+def build(rung="soft_mask", alpha=None, **fields):
+    """A small model of a rung: 2 blocks, 16 patches, 10 classes."""
+    fields = dict(size="nano", depth=2, img_size=32, patch_size=8, num_classes=10) | RUNGS[rung] | fields
+    model = VisionTransformer(config(**fields)).eval()
+    model.load_state_dict(hashed_weights(model))
+    if alpha is not None:
+        model.set_soft_mask(alpha)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published models
+
+
+@pytest.mark.parametrize("case", json.loads(Path(__file__).with_name("tests").joinpath("golden.json").read_text()),
+                         ids=lambda c: f"{c['size']}-{c.get('mask', c['step'])}-{c['img_size']}-{c.get('alpha', '')}")
+def test_logits_and_parameters_are_those_of_the_published_code(case):
+    fields = {k: case[k] for k in ("size", "step", "mask", "img_size", "patch_size", "num_classes") if k in case}
+    model = VisionTransformer(config(**fields)).eval()
+    model.load_state_dict(hashed_weights(model, case["seed"]))
+    if "alpha" in case:
+        model.set_soft_mask(case["alpha"])
+    with torch.no_grad():
+        logits = model(hashed_images(case["batch"], case["img_size"], case["seed"]))
+    torch.testing.assert_close(logits[:, :8], torch.tensor(case["logits"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.sum(1), torch.tensor(case["logit_sum"]), atol=1e-3, rtol=0)
+    assert sum(p.numel() for p in model.parameters()) == case["n_parameters"]
+
+
+@pytest.mark.parametrize("size, step, img_size, parameters", [
+    ("tiny", "vit", 224, 5_717_416), ("small", "vit", 224, 22_050_664), ("base", "vit", 224, 86_567_656),
+    ("nano", "soft_mask", 224, 3_407_848), ("tiny", "soft_mask", 224, 5_701_096), ("small", "soft_mask", 224, 22_018_024),
+    ("base", "soft_mask", 224, 86_502_376), ("large", "soft_mask", 224, 310_445_032),
+    ("base", "soft_mask", 384, 86_794_216), ("large", "soft_mask", 384, 310_834_152), ("tiny", "rope", 224, 5_663_272)])
+def test_parameter_counts_are_the_published_ones(size, step, img_size, parameters):
+    with torch.device("meta"):
+        model = VisionTransformer(config(size, step, img_size=img_size))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_first_rung_is_the_default_and_the_last_is_illama():
+    tiny = config("tiny")
+    assert config("tiny", step="vit") == Config()
+    assert (tiny.swiglu, tiny.rmsnorm, tiny.mask, tiny.cls_last, tiny.rope, tiny.abs_pos) == (True, True, "soft", True, True, True)
+
+
+def test_the_rung_vit_is_torchvisions_vision_transformer():
+    ours = build("vit")
+    theirs = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=128, mlp_dim=512, num_classes=10).eval()
+    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj",
+             "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
+             "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3", "head": "heads.head"}
+    state = {}
+    for name, value in ours.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        state[name.replace("norm.", "encoder.ln.")] = value
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(ours(hashed_images(2)), theirs(hashed_images(2)), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def test_rmsnorm_divides_by_the_root_mean_square():
+    norm, x = RMSNorm(6), hashed((2, 3, 6), 1)
+    norm.weight.data = hashed((6,), 2)
+    expected = torch.empty_like(x)
+    for b, t, c in np.ndindex(*x.shape):
+        expected[b, t, c] = x[b, t, c] / math.sqrt(sum(v ** 2 for v in x[b, t].tolist()) / 6 + 1e-6) * norm.weight[c]
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_swiglu_gates_one_projection_by_the_silu_of_another():
+    mlp, x = SwiGLU(96), hashed((5, 96), 1)
+    assert mlp.fc1.out_features == 256 and all(m.bias is None for m in (mlp.fc1, mlp.fc2, mlp.fc3))
+    gate, up = mlp.fc1.weight @ x.T, mlp.fc3.weight @ x.T                     # hidden, 5
+    expected = (mlp.fc2.weight @ (gate / (1 + torch.exp(-gate)) * up)).T
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_rope_multiplies_pairs_of_channels_as_complex_numbers():
+    x = hashed((1, 2, 5, 8), 1)                                              # B, h, N, d
+    expected = torch.empty_like(x)
+    for h, t, k in np.ndindex(2, 5, 4):
+        turned = complex(*x[0, h, t, 2 * k: 2 * k + 2]) * np.exp(1j * t * 10000 ** (-2 * k / 8))
+        expected[0, h, t, 2 * k: 2 * k + 2] = torch.tensor([turned.real, turned.imag])
+    torch.testing.assert_close(rotate(x, rope_table(5, 8)), expected)
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    table = rope_table(40, 64)
+    q, k = (rotate(hashed((64,), seed).expand(1, 1, 40, 64), table) for seed in (1, 2))   # the same vector everywhere
+    scores = (q @ k.transpose(-2, -1))[0, 0]                                 # N, N
+    for distance in range(-39, 40):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=0)
+    assert scores[0].std() > 0.1                                             # and on the distance they do depend
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The masks: who sees whom
+
+
+def test_collapse_under_causal_the_first_token_gives_every_image_the_same_logits():
+    logits = build("causal")(hashed_images(4))
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+
+
+@pytest.mark.parametrize("rung, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_mask", 0.0), ("soft_log", 0.0)])
+def test_the_last_token_sees_every_patch(rung, alpha):
+    assert (seen_patches(build(rung, alpha)) > 1e-6).all()
+
+
+def test_under_the_modified_mask_the_first_token_sees_every_patch():
+    assert (seen_patches(build("modified")) > 1e-6).all()
+
+
+def seen_patches(model):
+    """How strongly each patch of an image moves the logits: (P,)."""
+    images = hashed_images(1).requires_grad_()
+    model(images)[0, 0].backward()
+    return F.max_pool2d(images.grad.abs().amax(1), 8).flatten()
+
+
+def earlier_tokens_change(model, patch=9):
+    """Whether a change to one patch moves the tokens before it, and whether it moves those from it on."""
+    images = hashed_images(2)
+    row, column = patch // 4 * 8, patch % 4 * 8
+    images[1] = images[0]
+    images[1, :, row: row + 8, column: column + 8] += 1
+    one, other = model.forward_features(images)
+    moved = (one - other).abs().amax(-1) > 1e-5                              # N
+    return moved[:patch].any().item(), moved[patch:].all().item()
+
+
+@pytest.mark.parametrize("rung, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_log", 0.0)])
+def test_a_causal_mask_hides_the_future(rung, alpha):
+    assert earlier_tokens_change(build(rung, alpha)) == (False, True)
+
+
+@pytest.mark.parametrize("rung, alpha", [("soft_mask", 0.0), ("soft_mask", 0.5), ("soft_log", 0.5)])
+def test_the_published_soft_mask_leaks_the_future_even_at_alpha_0(rung, alpha):
+    assert earlier_tokens_change(build(rung, alpha)) == (True, True)         # through the softmax's denominator
+
+
+def test_with_the_class_token_first_the_soft_mask_at_alpha_0_is_not_blind():
+    logits = build("soft_mask", alpha=0.0, cls_last=False)(hashed_images(2))
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+    logits = build("soft_log", alpha=0.0, cls_last=False)(hashed_images(2))
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("rung", ["soft_mask", "soft_log"])
+def test_at_alpha_1_there_is_no_mask(rung):
+    images = hashed_images(2)
+    torch.testing.assert_close(build(rung, alpha=1.0)(images), build(rung, mask="none")(images), atol=1e-5, rtol=0)
+
+
+def test_soft_log_at_alpha_0_is_the_causal_mask():
+    images = hashed_images(2)
+    assert torch.equal(build("soft_log", alpha=0.0)(images), build("soft_log", mask="causal")(images))
+
+
+def test_soft_is_the_softmax_times_alpha_above_the_diagonal_and_soft_log_scales_before_normalising():
+    ones, alpha = torch.ones(17, 17), 0.3
+    mask = ones.tril() + alpha * ones.triu(1)
+    bidirectional = build("soft_mask", alpha=1.0).attention_maps(hashed_images(2))[0]   # B, h, N, N: of the first block
+    torch.testing.assert_close(build("soft_mask", alpha).attention_maps(hashed_images(2))[0], bidirectional * mask)
+    scaled = bidirectional * mask
+    torch.testing.assert_close(build("soft_log", alpha).attention_maps(hashed_images(2))[0], scaled / scaled.sum(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass
+
+
+@every_rung
+def test_the_short_last_block_gives_the_full_blocks_logits(rung):
+    model, images = build(rung, alpha=0.3 if "soft" in rung else None), hashed_images(2)
+    full = model.head(model.forward_features(images)[:, model.cls])[:, 0]
+    torch.testing.assert_close(model(images), full, atol=1e-5, rtol=0)
+
+
+def test_in_the_last_block_one_query_and_one_token_of_the_mlp_are_computed():
+    model, shapes = build(), {}
+    for name in ("attn.proj", "mlp.fc1", "norm2"):
+        model.blocks[-1].get_submodule(name).register_forward_hook(lambda m, x, y, name=name: shapes.update({name: x[0].shape[:2]}))
+    model(hashed_images(3))
+    assert set(shapes.values()) == {(3, 1)} and len(shapes) == 3
+
+
+@every_rung
+def test_attention_maps_times_values_are_the_forward_pass(rung):
+    model, images = build(rung, alpha=0.3 if "soft" in rung else None), hashed_images(2)
+    maps, x = model.attention_maps(images), model.embed(images)
+    assert maps.shape == (2, 2, 2, 17, 17)                                   # depth, B, heads, N, N
+    for block, attn in zip(model.blocks, maps):
+        v = F.linear(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias)[..., 256:]          # B, N, D
+        y = torch.cat([attn[:, h] @ v[..., 64 * h: 64 * h + 64] for h in range(2)], dim=-1)
+        x = x + block.attn.proj(y)
+        x = x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(model.norm(x), model.forward_features(images), atol=1e-5, rtol=0)
+
+
+@every_rung
+def test_every_rung_trains_an_iteration_with_finite_gradients_everywhere(rung):
+    model = build(rung, alpha=0.5 if "soft" in rung else None, drop_path=0.2).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels = hashed_images(8), torch.arange(8)
+    before = F.cross_entropy(model.eval()(images), labels)
+    F.cross_entropy(model.train()(images), labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert F.cross_entropy(model.eval()(images), labels) < before
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 1.0])
+def test_gradients_are_finite_over_the_whole_range_of_soft_log(alpha):
+    model = build("soft_log", alpha)
+    model(hashed_images(2)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_drop_path_grows_with_depth_and_draws_for_each_branch():
+    torch.manual_seed(0)
+    model = build(depth=3, drop_path=0.5)
+    assert [block.drop_path.p for block in model.blocks] == [0, 0.25, 0.5]
+    block, x = model.blocks[-1].train(), torch.randn(400, 17, 128)
+    seen = model.rope, *model.masks()
+    branch, same = block.attn(block.norm1(x), *seen), 1e-4
+    y = block(x, *seen)
+    attn_off, attn_on = x, x + 2 * branch                                    # kept branches are scaled by 1 / (1 - p)
+    kinds = [((y - z).abs().amax((1, 2)) < same).sum().item() for z in (attn_off, attn_on)]
+    kinds += [((y - z - 2 * block.mlp(block.norm2(z))).abs().amax((1, 2)) < same).sum().item() for z in (attn_off, attn_on)]
+    assert sum(kinds) == 400 and min(kinds) > 70                             # four independent outcomes, a quarter each
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+
+
+@every_rung
+def test_it_compiles_in_one_graph_and_not_again_when_alpha_changes(rung):
+    model, graphs = build(rung).train(), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for alpha in (1.0, 0.5, 0.0):
+        if "soft" in rung:
+            model.set_soft_mask(alpha)
+        images = hashed_images(2)
+        torch.testing.assert_close(compiled(images), model(images), atol=1e-6, rtol=0)
+    assert len(graphs) == 1
+
+
+def test_inductor_gives_the_same_logits_and_gradients():
+    model, images = build("soft_mask", alpha=0.5), hashed_images(2)
+    torch._dynamo.reset()
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        logits = forward(images)
+        logits.square().sum().backward()
+        results.append([logits.detach()] + [p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(eager, compiled, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out
+
+
+@every_rung
+def test_saved_and_loaded_weights_give_equal_logits(rung, tmp_path):
+    model, images = build(rung), hashed_images(2)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    other = VisionTransformer(model.cfg).eval()
+    assert load_weights(other, tmp_path / "weights.pt") == []
+    assert torch.equal(other(images), model(images))
+
+
+@pytest.mark.parametrize("cls_last", [False, True])
+def test_positions_resize_from_224_to_384_with_the_class_token_kept_bit_for_bit(cls_last):
+    pos = hashed((1, 197, 8), 1)
+    new, cls = resize_positions(pos, 577, cls_last), -1 if cls_last else 0
+    assert new.shape == (1, 577, 8) and torch.equal(new[:, cls], pos[:, cls])
+    flat = torch.ones(1, 197, 8)
+    torch.testing.assert_close(resize_positions(flat, 577, cls_last), torch.ones(1, 577, 8))
+    ramp = torch.arange(196.).view(1, 196, 1)                                # grows to the right and downwards: still does
+    ramp = torch.cat([ramp, flat[:, :1, :1]] if cls_last else [flat[:, :1, :1], ramp], dim=1)
+    grid = resize_positions(ramp, 577, cls_last)[0, :-1, 0] if cls_last else resize_positions(ramp, 577, cls_last)[0, 1:, 0]
+    assert (grid.view(24, 24).diff(dim=0) > 0).all() and (grid.view(24, 24)[:, 2:-2].diff(dim=1) > 0).all()
+
+
+def test_weights_of_another_resolution_load_and_the_same_size_changes_nothing():
+    model = build("soft_mask")
+    assert load_weights(build("soft_mask"), model.state_dict()) == []
+    larger = VisionTransformer(config("nano", depth=2, img_size=64, patch_size=8, num_classes=10))
+    assert load_weights(larger, model.state_dict()) == ["learned positions resized from 16 to 64 patches"]
+    assert torch.equal(larger.pos_embed[:, -1], model.pos_embed[:, -1])
+    same = resize_positions(model.pos_embed, 17, cls_last=True)
+    torch.testing.assert_close(same, model.pos_embed, atol=1e-6, rtol=0)
+
+
+def test_a_new_head_is_made_only_when_asked_for():
+    model, other = build("soft_mask"), VisionTransformer(build("soft_mask", num_classes=3).cfg)
+    with pytest.raises(ValueError, match="head.weight"):
+        load_weights(other, model.state_dict())
+    fresh = other.head.weight.clone()
+    assert load_weights(other, model.state_dict(), new_head=True) == ["new head: 10 classes before, 3 now"]
+    assert torch.equal(other.head.weight, fresh) and torch.equal(other.norm.weight, model.norm.weight)
+
+
+def test_names_from_ddp_and_compile_are_understood():
+    model, images = build(), hashed_images(2)
+    other = VisionTransformer(model.cfg).eval()
+    load_weights(other, {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()})
+    assert torch.equal(other(images), model(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: config("huge"), "unknown size 'huge'; choose one of nano, tiny, small, base, large"),
+    (lambda: config("tiny", step="moe"), "unknown step 'moe'; choose one of vit, swiglu"),
+    (lambda: config("tiny", colour=3), "unknown field 'colour'; a Config has img_size"),
+    (lambda: Config(img_size=225), "img_size 225 is not a multiple of patch_size 16; 224 is"),
+    (lambda: Config(width=100), "width 100 is not a multiple of heads 3"),
+    (lambda: Config(width=9, rope=True), "rope turns pairs of channels"),
+    (lambda: Config(mask="hard"), "unknown mask 'hard'; choose one of none, causal, modified, soft, soft_log"),
+    (lambda: Config(depth=0), "depth is 0; it must be at least 1"),
+    (lambda: Config(drop_path=1.0), "drop_path is 1.0"),
+    (lambda: build()(hashed_images(2, 64)), r"images are \(2, 3, 64, 64\); this model takes \(B, 3, 32, 32\)"),
+    (lambda: build("causal").set_soft_mask(0.5), "mask 'causal' has no alpha to set"),
+    (lambda: build().set_soft_mask(1.5), "alpha is 1.5; it must be between 0 and 1"),
+    (lambda: load_weights(build(), "nowhere.pt"), "no checkpoint at nowhere.pt"),
+    (lambda: load_weights(build("rope"), build("abs_pos").state_dict()), "pos_embed is not in the model"),
+    (lambda: load_weights(build("abs_pos"), build("rope").state_dict()), "pos_embed is missing"),
+    (lambda: load_weights(build(), build(depth=3).state_dict()), "blocks.2.attn.proj.bias is not in the model"),
+])
+def test_bad_input_is_a_value_error_in_one_sentence(call, said):
+    with pytest.raises(ValueError, match=said) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+    torch.save({"model": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="trap.pt cannot be read"):
+        load_weights(build(), tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
