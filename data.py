@@ -7,7 +7,7 @@
         logits = model(normalize(pictures))
 
 Every random draw is a function of what it is for: the order of an epoch of (seed, epoch), the augmentation of a picture
-of (seed, epoch, index). So there is no generator whose state would have to be saved, and the number of workers changes nothing.
+of (seed, epoch, index). So no generator has a state to be saved, and the number of workers changes nothing.
 
 `python data.py --data cifar10` saves a labelled grid of training pictures, as the model sees them.
 """
@@ -48,8 +48,8 @@ def open_data(data, split, img_size, classes=None):
     else:
         return open_folder(Path(data), split, classes)
     if classes is not None and list(classes) != list(source.classes):
-        raise ValueError(f"--data {data} has the classes {some(source.classes)}, but the model knows {some(classes)}: "
-                         "use the data that it was trained on")
+        raise ValueError(f"--data {data} has the classes {some(source.classes)}, but the model knows "
+                         f"{some(classes)}: use the data that it was trained on")
     return source
 
 
@@ -57,8 +57,9 @@ def open_cifar(dataset, split):
     try:
         return dataset(DOWNLOADS, train=split == "train", download=True)
     except Exception as error:  # no network shows as any of a dozen kinds
-        raise ValueError(f"--data {dataset.__name__.lower()} could not be downloaded to {DOWNLOADS}/ ({error}): connect to "
-                         "a network, or give --data a folder with train/ and val/ class folders") from error
+        name = dataset.__name__.lower()
+        raise ValueError(f"--data {name} could not be downloaded to {DOWNLOADS}/ ({error}): connect to a network, "
+                         "or give --data a folder with train/ and val/ class folders") from error
 
 
 def open_folder(root, split, classes):
@@ -69,17 +70,17 @@ def open_folder(root, split, classes):
         raise ValueError(f"{folder} is missing: put pictures into {folder}/CLASS/, a folder for each class")
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not found:
-        raise ValueError(f"{folder} has no class folders: move its pictures into {folder}/CLASS/, a folder for each class")
+        raise ValueError(f"{folder} has no class folders: put pictures into {folder}/CLASS/, a folder for each class")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     if unknown:
-        raise ValueError(f"{folder} has the class folders {some(unknown)}, which are not among the model's "
-                         f"{len(classes)} classes ({some(classes)}): use the data that it was trained on, or remove them")
+        raise ValueError(f"{folder} has the class folders {some(unknown)}, which are not among the {len(classes)} "
+                         f"classes that are known ({some(classes)}): use the data that the model was trained on")
     try:
-        source = ImageFolder(folder, classes)
+        return ImageFolder(folder, classes)
     except FileNotFoundError as error:                     # ImageFolder's own check
-        raise ValueError(f"{folder}: a class folder without pictures ({str(error).splitlines()[0]} Remove it or fill it") from error
-    return source
+        raise ValueError(f"{folder} has class folders without pictures (torchvision: {str(error).splitlines()[0]}): "
+                         "fill or remove them") from error
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -160,11 +161,11 @@ TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a pe
 
 
 class Shapes(Dataset):
-    """Ten shapes, each filled with one of ten textures, over a darker background. A picture is a function of (seed, split,
-    index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
+    """Ten shapes, each filled with one of ten textures, over a darker background. A picture is a function of (seed,
+    split, index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
 
-    Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val", and
-    never in the third split, "conflict".
+    Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val",
+    and never in the third split, "conflict".
     """
     classes = list(SHAPES)
     count = {"train": 10_000, "val": 2_000, "conflict": 2_000}
@@ -224,7 +225,7 @@ def fit(image, size):
 
 
 def eval_transform(image, rng, size):
-    """The published evaluation: up to 32 pixels the whole picture, below 384 the middle 7/8, from 384 on warped to fit."""
+    """The published evaluation: whole pictures up to 32 pixels, the middle 7/8 below 384, from 384 on warped to fit."""
     if size <= 32:
         return fit(image, size)
     if size >= 384:
@@ -260,7 +261,8 @@ class Images(Dataset):
         epoch, index = key
         image, label = self.source[index]
         image = self.transform(image.convert("RGB"), random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), label
+        # Dense: else a batch's layout, and with it the last digits of its sums, would hang on which process stacked it.
+        return TF.pil_to_tensor(image).contiguous(), label
 
 
 class TrainSampler(Sampler):

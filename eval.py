@@ -2,7 +2,7 @@
 
     python eval.py out/tiny-soft_mask-shapes-1/best.pt                       # on the data that it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/best.pt --data PATH --json    # on PATH/val, as one line of JSON
-    python eval.py out/tiny-soft_mask-shapes-1/best.pt --image cat.jpg       # the five most likely classes of one picture
+    python eval.py out/tiny-soft_mask-shapes-1/best.pt --image cat.jpg       # its five most likely classes
     torchrun --nproc_per_node=8 eval.py ...                                  # the same numbers, sooner
 
 A checkpoint knows its model, its classes and its soft mask, so no flags say them again.
@@ -27,6 +27,13 @@ from model import Config, VisionTransformer, load_weights, read_checkpoint
 # Processes and devices, shared with train.py
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with wrong flags as ValueErrors: they are told as all bad input is."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
 @contextmanager
 def explain():
     """Bad input ends a program with its one sentence, said once a machine, and exit code 2."""
@@ -46,17 +53,19 @@ def setup(device="auto", dtype="auto"):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ:
-        raise ValueError(f"RANK is set, but {', '.join(missing)} is not: start with torchrun, which sets them all, or unset RANK")
+        raise ValueError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
     rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+        device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
     if device not in ("cuda", "mps", "cpu"):
         raise ValueError(f"unknown --device {device!r}; choose one of auto, cuda, mps, cpu")
-    if device == "cuda" and local >= torch.cuda.device_count():
-        raise ValueError(f"--device cuda: process {local} of this machine has no GPU, it has {torch.cuda.device_count()}; "
-                         "use --device cpu, or fewer processes")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: there is none on this machine; use --device cpu")
+    if device == "cuda" and local >= gpus:
+        raise ValueError(f"--device cuda: there are {gpus} GPUs for {local + 1} processes or more on this machine; "
+                         "start fewer, or use --device cpu")
+    if device == "mps" and (not mps or world > 1):
+        raise ValueError(f"--device mps: {'one process at a time' if mps else 'there is none on this machine'}; "
+                         "use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -73,12 +82,14 @@ def setup(device="auto", dtype="auto"):
 
 def open_once(data, *args, **kwargs):
     """open_data, first in one process of each machine, so that a download happens once."""
-    if dist.is_initialized() and os.environ["LOCAL_RANK"] != "0":
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
         dist.barrier()
-    source = open_data(data, *args, **kwargs)
-    if dist.is_initialized() and os.environ["LOCAL_RANK"] == "0":
-        dist.barrier()
-    return source
+    try:
+        return open_data(data, *args, **kwargs)
+    finally:   # after an error too: then the others meet it as well, and all end
+        if dist.is_initialized() and first:
+            dist.barrier()
 
 
 def default_workers():
@@ -114,11 +125,8 @@ def evaluate(model, batches, device, dtype=torch.float32):
                 images=int(images), time_images_per_s=images / (time.time() - start))
 
 
-def build(checkpoint, name):
+def build(checkpoint):
     """The model in a checkpoint of train.py, with its weights and its soft mask."""
-    missing = [key for key in ("config", "model", "classes", "alpha") if key not in checkpoint]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}: it is not a checkpoint of train.py")
     model = VisionTransformer(Config(**checkpoint["config"]))
     load_weights(model, checkpoint["model"])
     if checkpoint["alpha"] is not None:
@@ -139,32 +147,34 @@ def classify(model, path, transform, classes, device):
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
+def main(argv=None):
+    parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
-    parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the checkpoint's own")
+    parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the run's own")
     parser.add_argument("--image", help="name the five most likely classes of this picture instead")
-    parser.add_argument("--soft-mask", type=float, help="alpha, instead of the checkpoint's: 1 bidirectional, 0 causal")
+    parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's: 1 bidirectional, 0 causal")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--batch-size", type=int, default=256, help="images a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="loader processes a rank")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    args = parser.parse_args()
 
     with explain():
+        args = parser.parse_args(argv)
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError("--batch-size must be at least 1 and --workers at least 0")
         rank, world, device, dtype = setup(args.device, args.dtype)
-        checkpoint = read_checkpoint(args.checkpoint)
-        model = build(checkpoint, args.checkpoint).to(device).eval()
+        checkpoint = read_checkpoint(args.checkpoint, needs=("config", "model", "classes", "alpha", "run"))
+        model = build(checkpoint).to(device).eval()
         if args.soft_mask is not None:
             model.set_soft_mask(args.soft_mask)
         classes, size = checkpoint["classes"], model.cfg.img_size
         transform = partial(eval_transform, size=size)
         if args.image:
-            named = classify(model, args.image, transform, classes, device)
-            print(json.dumps(named) if args.json else "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in named.items()))
+            likely = classify(model, args.image, transform, classes, device)
+            lines = [f"{100 * p:5.1f} %  {name}" for name, p in likely.items()]
+            if rank == 0:
+                print(json.dumps(likely) if args.json else "\n".join(lines))
             return
         source = open_once(args.data or checkpoint["run"]["data"], "val", size, classes)
 
@@ -176,8 +186,9 @@ def main():
             print(json.dumps(result))
         else:
             mask = f"mask {model.cfg.mask}" + ("" if result["alpha"] is None else f" alpha {result['alpha']:g}")
-            print(f"top-1 {result['test_acc1']:.3f} %  top-5 {result['test_acc5']:.3f} %  loss {result['test_loss']:.4f}  "
-                  f"{result['images']:,} images at {size} x {size}, {mask}, {result['time_images_per_s']:,.0f} images/s")
+            print(f"top-1 {result['test_acc1']:.3f} %  top-5 {result['test_acc5']:.3f} %  "
+                  f"loss {result['test_loss']:.4f}  {result['images']:,} images at {size} x {size}, {mask}, "
+                  f"{result['time_images_per_s']:,.0f} images/s")
     if world > 1:
         dist.destroy_process_group()
 

@@ -9,10 +9,11 @@ decoder block of LLaMA [4] reading image patches. Weights carry the names of the
 
 `python model.py` prints the ladder.
 
-Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M tokens that are read.
+Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M tokens read.
 
-[1] ViT, arXiv 2010.11929    [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773    [4] LLaMA, arXiv 2302.13971
-[5] SwiGLU, arXiv 2002.05202    [6] RMSNorm, arXiv 1910.07467    [7] RoPE, arXiv 2104.09864    [8] stochastic depth, arXiv 1603.09382
+[1] ViT, arXiv 2010.11929       [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773
+[4] LLaMA, arXiv 2302.13971     [5] SwiGLU, arXiv 2002.05202     [6] RMSNorm, arXiv 1910.07467
+[7] RoPE, arXiv 2104.09864      [8] stochastic depth, arXiv 1603.09382
 """
 import math
 import re
@@ -29,7 +30,7 @@ MASKS = ("none", "causal", "modified", "soft", "soft_log")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that fixes the shape of a model. The defaults are ViT-T/16 for ImageNet; see SIZES and STEPS for the rest."""
+    """Everything that fixes a model. The defaults are ViT-T/16 for ImageNet; for the rest see SIZES and STEPS."""
     img_size: int = 224       # pixels a side of the square input
     patch_size: int = 16      # pixels a side of a patch; img_size is a multiple of it
     num_classes: int = 1000   # outputs of the head
@@ -269,7 +270,8 @@ class VisionTransformer(nn.Module):
         self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's place in the sequence
 
         # What can be computed is not stored: none of these is in the state dict.
-        self.register_buffer("rope", rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None, persistent=False)
+        rope = rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None
+        self.register_buffer("rope", rope, persistent=False)
         visible = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()   # row i: what token i sees
         if cfg.mask == "modified":
             visible[self.cls] = True
@@ -345,15 +347,18 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module):
-    """DeiT's start: linear weights from a normal of standard deviation 0.02, biases 0; the convolution keeps torch's."""
+    """DeiT's start: linear weights normal with standard deviation 0.02, biases 0; the convolution keeps torch's."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def read_checkpoint(path):
-    """The dict in a file. Weights and plain types only: a pickle that would run code is refused. ValueError if unreadable."""
+def read_checkpoint(path, needs=()):
+    """The dict in a file. Weights and plain types only: a pickle that would run code is refused.
+
+    ValueError if the file is not readable, or lacks one of the keys that the caller `needs`.
+    """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: check the path")
     try:
@@ -363,18 +368,23 @@ def read_checkpoint(path):
                          f"({str(error).splitlines()[0]}): use another file") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
+    missing = [key for key in needs if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: use a checkpoint that train.py wrote, "
+                         "to resume a run its last.pt")
     return checkpoint
 
 
 def load_weights(model, source, new_head=False):
     """Load a checkpoint's path, or a state dict, into the model. Returns sentences about what had to be adapted.
 
-    Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where `new_head`
-    is set: of another number of classes, it keeps the model's fresh weights. ValueError lists what does not fit.
+    Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where
+    `new_head` is set: of another number of classes, it keeps the model's fresh weights. ValueError lists what is wrong.
     """
     state = source if isinstance(source, dict) else read_checkpoint(source)
     state = state.get("model", state)
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}   # DDP, torch.compile
+    wrappers = r"^((module|_orig_mod)\.)+"                           # DDP's and torch.compile's
+    state = {re.sub(wrappers, "", name): value for name, value in state.items()}
     own, notes = model.state_dict(), []
 
     pos, own_pos = state.get("pos_embed"), own.get("pos_embed")
@@ -390,8 +400,9 @@ def load_weights(model, source, new_head=False):
     wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
               for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
     if wrong:
-        raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:6])}"
-                         f"{f' and {len(wrong) - 6} more' if len(wrong) > 6 else ''}; build the model that they were saved from")
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:6])}{more}: "
+                         "build the model that they were saved from")
     model.load_state_dict(state)
     return notes
 

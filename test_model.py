@@ -77,8 +77,9 @@ def test_logits_and_parameters_are_those_of_the_published_code(case):
 
 @pytest.mark.parametrize("size, step, img_size, parameters", [
     ("tiny", "vit", 224, 5_717_416), ("small", "vit", 224, 22_050_664), ("base", "vit", 224, 86_567_656),
-    ("nano", "soft_mask", 224, 3_407_848), ("tiny", "soft_mask", 224, 5_701_096), ("small", "soft_mask", 224, 22_018_024),
-    ("base", "soft_mask", 224, 86_502_376), ("large", "soft_mask", 224, 310_445_032),
+    ("nano", "soft_mask", 224, 3_407_848), ("tiny", "soft_mask", 224, 5_701_096),
+    ("small", "soft_mask", 224, 22_018_024), ("base", "soft_mask", 224, 86_502_376),
+    ("large", "soft_mask", 224, 310_445_032),
     ("base", "soft_mask", 384, 86_794_216), ("large", "soft_mask", 384, 310_834_152), ("tiny", "rope", 224, 5_663_272)])
 def test_parameter_counts_are_the_published_ones(size, step, img_size, parameters):
     with torch.device("meta"):
@@ -87,9 +88,8 @@ def test_parameter_counts_are_the_published_ones(size, step, img_size, parameter
 
 
 def test_the_first_rung_is_the_default_and_the_last_is_illama():
-    tiny = config("tiny")
     assert config("tiny", step="vit") == Config()
-    assert (tiny.swiglu, tiny.rmsnorm, tiny.mask, tiny.cls_last, tiny.rope, tiny.abs_pos) == (True, True, "soft", True, True, True)
+    assert config("tiny") == Config(swiglu=True, rmsnorm=True, mask="soft", cls_last=True, rope=True, abs_pos=True)
 
 
 def test_the_rung_vit_is_torchvisions_vision_transformer():
@@ -97,8 +97,9 @@ def test_the_rung_vit_is_torchvisions_vision_transformer():
     theirs = torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=128, mlp_dim=512, num_classes=10).eval()
     names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj",
-             "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
-             "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3", "head": "heads.head"}
+             "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2",
+             "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
+             "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3", "head": "heads.head"}
     state = {}
     for name, value in ours.state_dict().items():
         for old, new in names.items():
@@ -157,7 +158,8 @@ def test_collapse_under_causal_the_first_token_gives_every_image_the_same_logits
     assert torch.equal(logits, logits[:1].expand_as(logits))
 
 
-@pytest.mark.parametrize("rung, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_mask", 0.0), ("soft_log", 0.0)])
+@pytest.mark.parametrize("rung, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None),
+                                         ("soft_mask", 0.0), ("soft_log", 0.0)])
 def test_the_last_token_sees_every_patch(rung, alpha):
     assert (seen_patches(build(rung, alpha)) > 1e-6).all()
 
@@ -213,12 +215,12 @@ def test_soft_log_at_alpha_0_is_the_causal_mask():
 
 
 def test_soft_is_the_softmax_times_alpha_above_the_diagonal_and_soft_log_scales_before_normalising():
+    def first_map(rung, alpha):
+        return build(rung, alpha).attention_maps(hashed_images(2))[0]        # B, h, N, N
     ones, alpha = torch.ones(17, 17), 0.3
-    mask = ones.tril() + alpha * ones.triu(1)
-    bidirectional = build("soft_mask", alpha=1.0).attention_maps(hashed_images(2))[0]   # B, h, N, N: of the first block
-    torch.testing.assert_close(build("soft_mask", alpha).attention_maps(hashed_images(2))[0], bidirectional * mask)
-    scaled = bidirectional * mask
-    torch.testing.assert_close(build("soft_log", alpha).attention_maps(hashed_images(2))[0], scaled / scaled.sum(-1, keepdim=True))
+    scaled = first_map("soft_mask", 1.0) * (ones.tril() + alpha * ones.triu(1))
+    torch.testing.assert_close(first_map("soft_mask", alpha), scaled)
+    torch.testing.assert_close(first_map("soft_log", alpha), scaled / scaled.sum(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +237,8 @@ def test_the_short_last_block_gives_the_full_blocks_logits(rung):
 def test_in_the_last_block_one_query_and_one_token_of_the_mlp_are_computed():
     model, shapes = build(), {}
     for name in ("attn.proj", "mlp.fc1", "norm2"):
-        model.blocks[-1].get_submodule(name).register_forward_hook(lambda m, x, y, name=name: shapes.update({name: x[0].shape[:2]}))
+        model.blocks[-1].get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.update({name: inputs[0].shape[:2]}))
     model(hashed_images(3))
     assert set(shapes.values()) == {(3, 1)} and len(shapes) == 3
 
@@ -281,8 +284,8 @@ def test_drop_path_grows_with_depth_and_draws_for_each_branch():
     branch, same = block.attn(block.norm1(x), *seen), 1e-4
     y = block(x, *seen)
     attn_off, attn_on = x, x + 2 * branch                                    # kept branches are scaled by 1 / (1 - p)
-    kinds = [((y - z).abs().amax((1, 2)) < same).sum().item() for z in (attn_off, attn_on)]
-    kinds += [((y - z - 2 * block.mlp(block.norm2(z))).abs().amax((1, 2)) < same).sum().item() for z in (attn_off, attn_on)]
+    kinds = [y - z - mlp_on * 2 * block.mlp(block.norm2(z)) for z in (attn_off, attn_on) for mlp_on in (0, 1)]
+    kinds = [(difference.abs().amax((1, 2)) < same).sum().item() for difference in kinds]
     assert sum(kinds) == 400 and min(kinds) > 70                             # four independent outcomes, a quarter each
 
 
@@ -336,10 +339,11 @@ def test_positions_resize_from_224_to_384_with_the_class_token_kept_bit_for_bit(
     assert new.shape == (1, 577, 8) and torch.equal(new[:, cls], pos[:, cls])
     flat = torch.ones(1, 197, 8)
     torch.testing.assert_close(resize_positions(flat, 577, cls_last), torch.ones(1, 577, 8))
-    ramp = torch.arange(196.).view(1, 196, 1)                                # grows to the right and downwards: still does
+    ramp = torch.arange(196.).view(1, 196, 1)               # grows to the right and downwards: still does
     ramp = torch.cat([ramp, flat[:, :1, :1]] if cls_last else [flat[:, :1, :1], ramp], dim=1)
-    grid = resize_positions(ramp, 577, cls_last)[0, :-1, 0] if cls_last else resize_positions(ramp, 577, cls_last)[0, 1:, 0]
-    assert (grid.view(24, 24).diff(dim=0) > 0).all() and (grid.view(24, 24)[:, 2:-2].diff(dim=1) > 0).all()
+    grid = resize_positions(ramp, 577, cls_last)[0, :, 0]
+    grid = (grid[:-1] if cls_last else grid[1:]).view(24, 24)
+    assert (grid.diff(dim=0) > 0).all() and (grid[:, 2:-2].diff(dim=1) > 0).all()
 
 
 def test_weights_of_another_resolution_load_and_the_same_size_changes_nothing():

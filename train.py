@@ -30,13 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Images, EvalSampler, TrainSampler, crop_flip, eval_transform, loader, normalize, seed_of
-from eval import default_workers, evaluate, explain, open_once, setup
+from eval import Parser, default_workers, evaluate, explain, open_once, setup
 from model import Config, VisionTransformer, config, load_weights, read_checkpoint
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. An epoch is the whole global batches that the training pictures give; the remainder waits a turn."""
+    """How to train. An epoch is the whole global batches that the training pictures give; a remainder is left out."""
     img_size: int                # pixels a side
     patch_size: int              # pixels a side of a patch
     epochs: int                  # times through the training pictures
@@ -53,19 +53,20 @@ class Recipe:
     soft_mask_epochs: int        # for so many epochs; 0 is causal from the start
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "soft_mask_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        for name, value in asdict(self).items():
+            if name in ("epochs", "batch_size", "micro_batch") and value < 1:
+                raise ValueError(f"{flag(name)} is {value}; it must be at least 1")
+            if not isinstance(value, str) and not 0 <= value < math.inf:
+                raise ValueError(f"{flag(name)} is {value}; it must be a number from 0 on")
+        if self.label_smoothing >= 1:
+            raise ValueError(f"--label-smoothing is {self.label_smoothing}; it must be less than 1")
         if self.soft_mask_schedule not in ("constant", "linear"):
             raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose constant or linear")
 
 
 RECIPES = {
     "small-data": Recipe(  # pictures of about 32 pixels, minutes on a CPU
-        img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=64,
+        img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=256,
         lr=7e-4, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0, label_smoothing=0.1,
         soft_mask_schedule="linear", soft_mask_epochs=1),
 }
@@ -96,7 +97,7 @@ class Machine:
 
 
 def lr_at(iteration, recipe, iterations_per_epoch):
-    """Warm-up from 0 to the peak, both ends included, then a cosine that would reach min_lr one iteration after the last."""
+    """Warm-up from 0 to the peak, both included, then a cosine that would reach min_lr one iteration after the last."""
     warmup, total = recipe.warmup_epochs * iterations_per_epoch, recipe.epochs * iterations_per_epoch
     if iteration < warmup:
         return recipe.lr * iteration / max(1, warmup - 1)
@@ -116,9 +117,8 @@ def soft_mask_at(iteration, recipe, iterations_per_epoch):
 # The command line comes from the dataclasses
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags")
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def add_flags(parser, cls, skip=()):
@@ -127,7 +127,7 @@ def add_flags(parser, cls, skip=()):
     for field in fields(cls):
         if field.name not in skip:
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-            parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS,
+            parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
                                 help=comments[field.name].replace("%", "%%"), **kind)
 
 
@@ -142,9 +142,9 @@ def parse_flags(argv=None):
     add_flags(parser, Run)
     add_flags(parser, Machine)
     parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
-                        help="go on from a checkpoint or a run's folder; without PATH: from --out, or the newest run in out/")
+                        help="go on with the run in a folder; without PATH: in --out, or the newest in out/")
     add_flags(parser.add_argument_group("recipe"), Recipe)
-    add_flags(parser.add_argument_group("model"), Config, skip=("num_classes", *(f.name for f in fields(Recipe))))
+    add_flags(parser.add_argument_group("model"), Config, skip=["num_classes"] + [f.name for f in fields(Recipe)])
     return vars(parser.parse_args(argv))
 
 
@@ -152,10 +152,10 @@ def settle(given, checkpoint):
     """Flags, recipe and checkpoint -> (Run, Recipe, the Config's fields that do not follow from them)."""
     if checkpoint is not None:
         saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved[name]})"
+        changed = [f"{flag(name)} {value}, not {saved[name]}"
                    for name, value in given.items() if name in saved and saved[name] != value]
         if changed:
-            raise ValueError(f"--resume goes on with the run as it was started, but {', '.join(changed)} differs: "
+            raise ValueError(f"--resume goes on with the run as it was started, but here is {' and '.join(changed)}: "
                              "drop the flag, or start a new run")
         given = saved | given
     run = Run(**pick(Run, given))
@@ -165,9 +165,13 @@ def settle(given, checkpoint):
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
     explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
     if explicit and checkpoint is None and not cfg.mask.startswith("soft"):
-        raise ValueError(f"--{explicit[0].replace('_', '-')} needs a soft mask, but --step {run.step} has mask {cfg.mask!r}: "
+        raise ValueError(f"{flag(explicit[0])} needs a soft mask, but --step {run.step} has mask {cfg.mask!r}: "
                          "drop the flag, or add --mask soft")
     return run, recipe, cfg
+
+
+def plural(n, word, s="s"):
+    return f"{n:,} {word}{'' if n == 1 else s}"
 
 
 def divide(recipe, world, strict):
@@ -175,8 +179,9 @@ def divide(recipe, world, strict):
     share, left = divmod(recipe.batch_size, world)
     micro = recipe.micro_batch if strict else min(recipe.micro_batch, max(1, share))
     if left or share % micro:
-        raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {world} ranks x --micro-batch {micro}: "
-                         f"{max(1, round(recipe.batch_size / world / micro)) * world * micro} is")
+        near = max(1, round(recipe.batch_size / world / micro)) * world * micro
+        raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {plural(world, 'rank')} "
+                         f"x --micro-batch {micro}; {near} is")
     return micro, share // micro
 
 
@@ -188,6 +193,8 @@ def find_resume(given):
     """The checkpoint that --resume means, or None: it was not given, or nothing has been saved yet."""
     if "resume" not in given:
         return None
+    if given["resume"] and "out" in given:
+        raise ValueError(f"--resume {given['resume']} goes on in that folder: drop --out")
     place = Path(given["resume"] or given.get("out") or "out")
     if place.is_file():
         return place
@@ -202,7 +209,7 @@ def make_folder(out, name):
     if out:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--out {folder} is not empty: give another folder, or --resume {folder} to go on with its run")
+            raise ValueError(f"--out {folder} is not empty: give another folder, or --resume {folder} to go on in it")
     else:
         taken = [int(path.name.rsplit("-", 1)[1]) for path in Path("out").glob(f"{name}-*")
                  if path.name.rsplit("-", 1)[1].isdigit()]
@@ -240,11 +247,15 @@ def make_optimizer(model, recipe):
 
 
 def main(argv=None):
+    started = time.time()
     with explain():   # whatever the user can get wrong is found in here, before any work is done
         given = parse_flags(argv)
         machine = Machine(**pick(Machine, given))
+        if machine.workers < 0:
+            raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
         path = find_resume(given)
-        checkpoint = None if path is None else read_checkpoint(path)
+        checkpoint = path and read_checkpoint(path, needs=(
+            "run", "recipe", "config", "classes", "model", "optimizer", "scaler", "iteration", "best_acc1"))
         run, recipe, cfg = settle(given, checkpoint)
         rank, world, device, dtype = setup(machine.device, machine.dtype)
         micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
@@ -255,7 +266,7 @@ def main(argv=None):
                              f"{recipe.batch_size}: make it smaller")
         cfg = replace(cfg, num_classes=len(train.classes))
         name = f"{run.size}-{run.step}-{Path(run.data).name}"
-        folder = path.parent if path else make_folder(given.get("out"), name) if rank == 0 else None
+        folder = path.parent if path else make_folder(machine.out, name) if rank == 0 or machine.out else None
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed)
@@ -279,28 +290,30 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         iteration, best = checkpoint["iteration"], checkpoint["best_acc1"]
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     n_parameters = sum(p.numel() for p in model.parameters())
 
     say(f"model   {run.size}, step {run.step}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
         f"in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
     say(f"data    {run.data}: {len(train):,} pictures to train, {len(val):,} to test, {len(train.classes)} classes")
-    say(f"batch   {recipe.batch_size} = {world} ranks x {accumulate} micro-batches x {micro_batch} images; "
-        f"{iterations_per_epoch} iterations an epoch, {recipe.epochs} epochs, recipe {run.recipe}")
-    say(f"device  {device.type}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
-        f"{str(dtype).removeprefix('torch.')}{', compiled' if machine.compile else ''}")
+    say(f"batch   {recipe.batch_size} = {plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} "
+        f"x {plural(micro_batch, 'image')}; recipe {run.recipe}: {plural(recipe.epochs, 'epoch')} "
+        f"of {plural(iterations_per_epoch, 'iteration')}")
+    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    say(f"device  {device.type}{threads}, {str(dtype).removeprefix('torch.')}{', compiled' if machine.compile else ''}")
     if rank == 0:
         rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch] if path else []
         log = open(folder / "metrics.jsonl", "w")
         log.writelines(row + "\n" for row in rows)
         settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes)
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    say(f"resume  {path} at iteration {iteration} of {total}" if path else f"run     {folder}")
+    say(f"resume  {path} at iteration {iteration:,} of {total:,}" if path else
+        f"run     {folder}{', nothing to resume' if 'resume' in given else ''}")
 
-    started = time.time()
     for epoch in range(iteration // iterations_per_epoch, recipe.epochs):
         model.train()
-        sampler.epoch, batches = epoch, iter(train_batches)
+        sampler.epoch = epoch                        # before iter(): workers ask for their first batches at once
+        batches = iter(train_batches)
         epoch_started = shown = time.time()
         loss_sum, since = torch.zeros((), device=device), 0
         bar = tqdm(total=iterations_per_epoch, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
@@ -314,7 +327,7 @@ def main(argv=None):
             torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
             for micro in range(accumulate):
                 images, labels = (t.to(device, non_blocking=True) for t in next(batches))
-                last = micro == accumulate - 1       # gradients of all ranks are averaged once, after the last micro-batch
+                last = micro == accumulate - 1       # the ranks average their gradients once, after the last one
                 with nullcontext() if last or world == 1 else net.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         loss = F.cross_entropy(net(normalize(images)), labels, label_smoothing=recipe.label_smoothing)
@@ -331,7 +344,8 @@ def main(argv=None):
             bar.update()
             if time.time() - shown > (10 if bar.disable else 1):
                 rate = since * recipe.batch_size / (time.time() - shown)
-                text = f"loss {loss.item():.4f}  lr {lr:.2e}{f'  alpha {alpha:.3f}' if soft else ''}  {rate:,.0f} images/s"
+                mask = f"alpha {alpha:.3f}  " if soft else ""
+                text = f"loss {loss.item():.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s"
                 bar.set_postfix_str(text)
                 if bar.disable:
                     say(f"epoch {epoch}  {step + 1}/{iterations_per_epoch}  {text}")
@@ -344,13 +358,15 @@ def main(argv=None):
         result = evaluate(model, val_batches, device, dtype)
         span = range(iteration - iterations_per_epoch, iteration)
         row = dict(
-            epoch=epoch, train_loss=loss_sum.item() / (iterations_per_epoch * accumulate * world),
+            step=run.step, seed=run.seed, epoch=epoch,
+            train_loss=loss_sum.item() / (iterations_per_epoch * accumulate * world),
             train_lr=fmean(lr_at(i, recipe, iterations_per_epoch) for i in span),
             train_soft_mask_rate=fmean(soft_mask_at(i, recipe, iterations_per_epoch) for i in span) if soft else None,
             **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
             time_s=time.time() - started, time_images_per_s=rate)
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
-            f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  {rate:,.0f} images/s  {row['time_s']:,.0f} s")
+            f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
+            f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")
         if rank == 0:
             print(json.dumps(row), file=log, flush=True)
             final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)

@@ -1,0 +1,113 @@
+"""The README's tables and figure, made from the runs in this folder.
+
+    python results/report.py            # write the tables into README.md
+    python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
+
+NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it.
+"""
+import argparse
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+from model import STEPS, VisionTransformer, config  # noqa: E402
+
+CIFAR = "python train.py --data datasets/cifar10"
+
+RUNS = {  # name: what it is, and the command that makes it again
+    "shapes-tiny": ("`shapes`, iLLaMA-T, patch 8", "torchrun train.py --size tiny"),
+    "cifar10-nano": ("CIFAR-10, 6 blocks 128 wide, patch 4",
+                     f"{CIFAR} --size nano --depth 6 --patch-size 4 --epochs 7 --batch-size 128 --lr 2e-3 "
+                     "--dtype bfloat16 --compile"),
+    "cifar10-tiny": ("CIFAR-10, iLLaMA-T, patch 8",
+                     f"{CIFAR} --size tiny --epochs 12 --batch-size 128 --lr 1e-3 --dtype bfloat16 --compile"),
+}
+
+
+LADDER = {  # rung: what it does, its formula, where it stands, and the published ImageNet top-1 at size T
+    "vit": ("a vision transformer", "x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block, "73.9"),
+    "swiglu": ("LLaMA's gated MLP", "W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU, "74.3"),
+    "rmsnorm": ("LLaMA's norm", "x / √(mean(x²) + ε) · w", model.RMSNorm, "74.5"),
+    "causal": ("LLaMA's mask, and a **collapse**", "softmax(QKᵀ/√d + M), M = −∞ above the diagonal",
+               VisionTransformer.masks, "fails"),
+    "ps_cls": ("the class token goes last", "[patch₁ … patch_P, cls]", VisionTransformer.embed, "71.9"),
+    "rope": ("rotary positions, none learned", "(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)), k alike", model.rotate, "72.6"),
+    "abs_pos": ("learned positions as well", "x + pos", VisionTransformer.embed, "74.3 ¹"),
+    "soft_mask": ("causal little by little: **iLLaMA**", "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere",
+                  VisionTransformer.masks, "75.0"),
+}
+
+
+def ladder_table():
+    lines = ["| `--step` | what it does | formula | code | parameters | published ² |", "|---|---|---|---|--:|--:|"]
+    for step in STEPS:
+        what, formula, code, published = LADDER[step]
+        source, first = inspect.getsourcelines(code)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in VisionTransformer(config("tiny", step)).parameters())
+        lines.append(f"| `{step}` | {what} | {formula} | [`{code.__name__}`](model.py#L{first}-L{first + len(source) - 1}) "
+                     f"| {parameters:,} | {published} |")
+    return "\n".join(lines)
+
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def runs_table():
+    lines = ["| run | parameters | epochs | minutes | top-1 |", "|---|--:|--:|--:|--:|"]
+    for name, (title, _) in RUNS.items():
+        last = rows(name)[-1]
+        lines.append(f"| {title} | {last['n_parameters']:,} | {last['epoch'] + 1} | {last['time_s'] / 60:.1f} "
+                     f"| {last['test_acc1']:.1f} % |")
+    return "\n".join([*lines, "", "```bash", *(command for _, command in RUNS.values()), "```"])
+
+
+def claim():
+    (shapes, minutes), (cifar, more) = ((rows(name)[-1]["test_acc1"], rows(name)[-1]["time_s"] / 60)
+                                        for name in ("shapes-tiny", "cifar10-nano"))
+    return f"""What is shown here, each by a test or a run: logits equal to the published code's within 1e-4 on every rung
+(sizes T and S); its parameter counts to the digit for all sizes; and, on two CPU cores, {shapes:.1f} % top-1 on the built-in pictures after
+{minutes:.0f} minutes of the first command below and {cifar:.1f} % on CIFAR-10 after {more:.0f}, both from scratch. The published models
+reach 75.0 % (5.7M parameters) to 86.0 % (310M) on ImageNet; that takes GPUs and has not been run here."""
+
+
+def written(readme):
+    """The README's text with each part between its two marks made anew."""
+    for mark, table in (("claim", claim()), ("ladder", ladder_table()), ("runs", runs_table())):
+        pattern = rf"(?<=<!-- {mark} -->\n).*?(?=\n<!-- end -->)"
+        readme, found = re.subn(pattern, lambda _: table, readme, flags=re.S)
+        assert found == 1, f"README.md has {found} places for {mark}"
+    return readme
+
+
+def figure():
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        sys.exit("error: --figure needs matplotlib: pip install matplotlib")
+    fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, (title, _) in RUNS.items():
+        ax.plot([0] + [row["time_s"] / 60 for row in rows(name)], [10] + [row["test_acc1"] for row in rows(name)], "o-",
+                markersize=3, label=title.replace("`", ""))
+    ax.set(xlabel="minutes on 2 CPU cores", ylabel="top-1 on unseen pictures, %", ylim=(0, 100), xlim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", frameon=False)
+    fig.savefig(ROOT / "assets" / "curves.png", dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make the README's tables and figure from the runs in results/.")
+    parser.add_argument("--figure", action="store_true", help="draw assets/curves.png as well")
+    args = parser.parse_args()
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text()))
+    if args.figure:
+        figure()

@@ -1,0 +1,46 @@
+"""What several test files need: a small folder of pictures, and a run on it."""
+import random
+
+import pytest
+from PIL import Image
+
+import train
+
+# A model and a run of seconds: one block, 16 pixels, 24 pictures in 3 iterations.
+SMALL = "--size nano --depth 1 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise of a colour that tells the class."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 24), ("val", 11)):
+        for i in range(count):
+            rng, label = random.Random(f"{split} {i}"), i % 3
+            size = rng.randint(17, 40), rng.randint(17, 40)
+            picture = Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
+            picture.putalpha(160)
+            sheet = Image.new("RGB", size, [(200, 40, 40), (40, 200, 40), (40, 40, 200)][label])
+            sheet.paste(picture, (0, 0), picture)
+            folder = root / split / ["cat", "dog", "owl"][label]
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(folder / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(photos, tmp_path_factory):
+    """The folder of a finished run on `photos`."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.main(["--data", str(photos), "--out", str(folder), *SMALL])
+    return folder
+
+
+def refused(program, argv, capsys):
+    """Run a program's main on bad input; returns its one sentence."""
+    with pytest.raises(SystemExit) as end:
+        program.main([str(arg) for arg in argv])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err

@@ -1,0 +1,150 @@
+"""What is true of evaluation: one property a test."""
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval as evaluation
+from conftest import refused
+from data import eval_transform, normalize, open_data
+from model import VisionTransformer, config
+from test_train import ROOT, torchrun
+
+
+def printed(argv, capsys):
+    evaluation.main([str(arg) for arg in argv] + ["--workers", "0", "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def by_hand(photos, checkpoint, alpha=None):
+    """Logits and labels of all pictures, one at a time."""
+    model = evaluation.build(torch.load(checkpoint, weights_only=True)).eval()
+    if alpha is not None:
+        model.set_soft_mask(alpha)
+    pairs = [(eval_transform(image.convert("RGB"), None, 16), label) for image, label in open_data(str(photos), "val", 16)]
+    images = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)
+                          for image, _ in pairs])
+    with torch.no_grad():
+        return torch.cat([model(normalize(image[None])) for image in images]), torch.tensor([label for _, label in pairs])
+
+
+def test_it_counts_hits_and_averages_the_loss(photos, finished, capsys):
+    logits, labels = by_hand(photos, finished / "best.pt")
+    result = json.loads(printed([finished / "best.pt", "--json", "--batch-size", 4], capsys))
+    assert result["test_acc1"] == 100 * (logits.argmax(1) == labels).sum().item() / 11
+    assert result["test_acc5"] == 100 and result["images"] == 11            # of three classes
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert (result["img_size"], result["alpha"]) == (16, 0) and result["time_images_per_s"] > 0
+
+
+def test_top_5_counts_the_five_largest_logits():
+    class Ranked(torch.nn.Module):
+        """Ten classes in order of likelihood: 0, 1, 2 ..."""
+        def forward(self, images):
+            return -torch.arange(10.).expand(len(images), 10)
+    labels = torch.tensor([0, 0, 1, 4, 5, 9])
+    batches = [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), part) for part in labels.split(3)]
+    result = evaluation.evaluate(Ranked(), batches, torch.device("cpu"))
+    assert (result["test_acc1"], result["test_acc5"], result["images"]) == (pytest.approx(100 * 2 / 6), pytest.approx(100 * 4 / 6), 6)
+
+
+def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
+    result = json.loads(printed([finished / "best.pt", "--json"], capsys))
+    line = printed([finished / "best.pt"], capsys)
+    assert line.startswith(f"top-1 {result['test_acc1']:.3f} %  top-5 100.000 %  loss {result['test_loss']:.4f}  "
+                           "11 images at 16 x 16, mask soft alpha 0, ") and line.endswith(" images/s\n")
+
+
+def test_every_picture_counts_once_on_one_two_and_three_ranks(finished):
+    results = []
+    for ranks in (1, 2, 3):
+        command = torchrun(ranks, ROOT / "eval.py", finished / "best.pt", "--json", "--workers", 0, "--batch-size", 3)
+        assert command.returncode == 0, command.stderr
+        results.append(json.loads(command.stdout))                           # one line, whatever the ranks
+    for name in ("images", "test_acc1", "test_acc5"):
+        assert results[0][name] == results[1][name] == results[2][name]
+    assert results[0]["test_loss"] == pytest.approx(results[2]["test_loss"], rel=1e-6)
+
+
+def test_the_best_checkpoint_scores_what_training_said(finished, capsys):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads(printed([finished / "best.pt", "--json"], capsys))["test_acc1"] == max(r["test_acc1"] for r in rows)
+
+
+def test_alpha_is_the_checkpoints_unless_it_is_given(photos, finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "best.pt", weights_only=True)
+    torch.save(checkpoint | dict(alpha=0.75), tmp_path / "soft.pt")
+    results = [json.loads(printed([tmp_path / "soft.pt", "--json", *flags], capsys)) for flags in ([], ["--soft-mask", "0.25"])]
+    for result, alpha in zip(results, (0.75, 0.25)):
+        logits, labels = by_hand(photos, finished / "best.pt", alpha)
+        assert result["alpha"] == alpha and result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_it_names_the_most_likely_classes_of_one_picture(photos, finished, capsys):
+    logits, _ = by_hand(photos, finished / "best.pt")
+    file = open_data(str(photos), "val", 16).samples[4][0]
+    named = json.loads(printed([finished / "best.pt", "--image", file, "--json"], capsys))
+    expected = logits[4].softmax(0)
+    assert [*named] == [["cat", "dog", "owl"][i] for i in expected.argsort(descending=True)]
+    assert [*named.values()] == pytest.approx(expected.sort(descending=True).values.tolist(), rel=1e-4)
+    first, *_ = printed([finished / "best.pt", "--image", file], capsys).splitlines()
+    assert first == f"{100 * expected.max():5.1f} %  {[*named][0]}"
+
+
+def test_a_grey_picture_with_transparency_is_read_as_colour(finished, tmp_path, capsys):
+    Image.new("LA", (40, 30), (120, 80)).save(tmp_path / "grey.png")
+    assert len(printed([finished / "best.pt", "--image", tmp_path / "grey.png"], capsys).splitlines()) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--data", "nowhere"], "--data nowhere is neither one of shapes"),
+    (["--data", "shapes"], "--data shapes has the classes circle, ring, crescent, bar, triangle and 5 more, but the model knows cat"),
+    (["--image", "nowhere.png"], "--image nowhere.png cannot be read as a picture"),
+    (["--image", __file__], "test_eval.py cannot be read as a picture"),
+    (["--soft-mask", "2"], "alpha is 2.0; it must be between 0 and 1"),
+    (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
+    (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
+    (["--device", "tpu"], "unknown --device 'tpu'"),
+])
+def test_bad_flags_are_refused(flags, said, finished, capsys):
+    assert said in refused(evaluation, [finished / "best.pt", *flags], capsys)
+
+
+def test_a_soft_mask_for_a_model_without_one_is_refused(finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "best.pt", weights_only=True)
+    torch.save(checkpoint | dict(alpha=None, config=checkpoint["config"] | dict(mask="causal")), tmp_path / "causal.pt")
+    assert "mask 'causal' has no alpha to set" in refused(evaluation, [tmp_path / "causal.pt", "--soft-mask", "0"], capsys)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "best.pt", weights_only=True)
+    for changes, said in ((dict(depth=2), "blocks.1.attn.proj.bias is missing"),
+                          (dict(swiglu=False), "blocks.0.mlp.fc1.bias is missing"),
+                          (dict(num_classes=4), r"head.bias is (3,), not (4,)")):
+        torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")
+        assert said in refused(evaluation, [tmp_path / "other.pt"], capsys)
+    torch.save(VisionTransformer(config("nano", depth=1)).state_dict(), tmp_path / "weights.pt")
+    assert "weights.pt lacks config, model, classes, alpha, run: use a checkpoint that train.py wrote" in refused(
+        evaluation, [tmp_path / "weights.pt"], capsys)
+
+
+def test_missing_and_damaged_checkpoints_are_refused(finished, tmp_path, capsys):
+    assert "no checkpoint at nowhere.pt" in refused(evaluation, ["nowhere.pt"], capsys)
+    whole = (finished / "best.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    assert "half.pt cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "half.pt"], capsys)
+
+
+def test_data_with_a_class_that_the_model_does_not_know_is_refused(photos, finished, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "val" / "owl").rename(tmp_path / "data" / "val" / "wolf")
+    assert "has the class folders wolf, which are not among" in refused(
+        evaluation, [finished / "best.pt", "--data", tmp_path / "data"], capsys)

@@ -1,0 +1,27 @@
+"""What the README says is what the code and the results are."""
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
+    report = runpy.run_path(str(ROOT / "results" / "report.py"))
+    assert report["written"](README) == README, "run: python results/report.py"
+
+
+def test_links_lead_to_files_that_exist():
+    links = re.findall(r"(?:\]\(|src=\")([\w./]+)", README)
+    assert len(links) > 10 and all((ROOT / link).exists() for link in links if not link.startswith("http"))
+
+
+@pytest.mark.parametrize("command", re.findall(r"^(?:python|torchrun) (?:--nproc_per_node=8 )?train.py(.*?)(?:#.*)?$", README, re.M))
+def test_training_commands_have_flags_that_exist(command):
+    train.parse_flags(shlex.split(command))

@@ -1,0 +1,345 @@
+"""What is true of training: one property a test."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import SMALL, refused
+from data import open_data
+from model import STEPS, VisionTransformer, config
+from train import RECIPES, lr_at, make_optimizer, soft_mask_at
+
+ROOT = Path(__file__).parents[1]
+RECIPE = replace(RECIPES["small-data"], epochs=10, warmup_epochs=2, lr=1e-3, min_lr=1e-5, soft_mask_epochs=3)
+
+
+def run(photos, out, *flags):
+    """Train in this process; returns what last.pt holds."""
+    train.main(["--data", str(photos), "--out", str(out), *SMALL, *map(str, flags)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def metrics(folder):
+    """The rows of metrics.jsonl without what differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time_")} for row in rows]
+
+
+def equal(one, other):
+    """Whether two checkpoints are the same, tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def largest_difference(one, other):
+    return max((one["model"][name] - other["model"][name]).abs().max().item() for name in one["model"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules and optimiser
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_falls_along_a_cosine():
+    lrs = [lr_at(i, RECIPE, 100) for i in range(1000)]
+    assert lrs[0] == 0 and lrs[199] == lrs[200] == max(lrs) == 1e-3
+    assert lrs[100] == pytest.approx(1e-3 * 100 / 199)
+    assert lrs[600] == pytest.approx((1e-3 + 1e-5) / 2) and lrs[-1] == pytest.approx(1e-5, rel=1e-3)
+    assert lr_at(0, replace(RECIPE, warmup_epochs=0), 100) == 1e-3
+
+
+def test_the_soft_mask_falls_from_1_to_0_or_stays_at_1_and_is_0_afterwards():
+    linear = [soft_mask_at(i, RECIPE, 100) for i in range(1000)]
+    assert linear[0] == 1 and linear[299] == 0 and set(linear[300:]) == {0}
+    assert linear[100] == pytest.approx(1 - 100 / 299)
+    constant = [soft_mask_at(i, replace(RECIPE, soft_mask_schedule="constant"), 100) for i in range(1000)]
+    assert constant == [1.0] * 300 + [0.0] * 700
+    assert soft_mask_at(0, replace(RECIPE, soft_mask_epochs=0), 100) == 0
+
+
+def test_norms_biases_positions_and_class_token_do_not_decay():
+    model = VisionTransformer(config("tiny"))
+    decay, rest = make_optimizer(model, RECIPE).param_groups
+    assert (decay["weight_decay"], rest["weight_decay"]) == (RECIPE.weight_decay, 0)
+    names = {p: name for name, p in model.named_parameters()}
+    for name in (names[p] for p in rest["params"]):
+        assert re.search(r"norm|bias|pos_embed|cls_token", name)
+    assert (len(decay["params"]), len(rest["params"])) == (62, 53)           # as many as in the published runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
+    run(photos, tmp_path / "run", "--micro-batch", 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("model   nano, step soft_mask: 288,899 parameters, 16 x 16 pixels in patches of 8, 5 tokens, mask soft")
+    assert lines[1] == f"data    {photos}: 24 pictures to train, 11 to test, 3 classes"
+    assert lines[2] == ("batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data: 2 epochs of 3 iterations")
+    assert re.match(r"device  cpu with \d+ threads?, float32$", lines[3])
+    assert lines[4] == f"run     {tmp_path / 'run'}"
+    best = re.match(r"done    top-1 ([\d.]+) % in (.*best.pt); evaluate it: python eval.py \2 --data ", lines[-1])
+    assert Path(best[2]).is_file()
+
+
+def test_the_folder_holds_settings_metrics_and_checkpoints_of_plain_types(photos, finished):
+    assert sorted(p.name for p in finished.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.jsonl"]
+    settings = json.loads((finished / "config.json").read_text())
+    assert settings["run"]["data"] == str(photos) and settings["recipe"]["epochs"] == 2
+    assert settings["config"]["mask"] == "soft" and settings["classes"] == ["cat", "dog", "owl"]
+    last, best = (torch.load(finished / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    assert {key: last[key] for key in settings} == settings and last["alpha"] == 0 and last["iteration"] == 6
+    assert "optimizer" in last and "optimizer" not in best and best["model"].keys() == last["model"].keys()
+
+
+def test_metrics_bear_the_published_names_and_the_epochs_means(finished):
+    rows = metrics(finished)
+    assert [list(row) for row in rows] == 2 * [["step", "seed", "epoch", "train_loss", "train_lr", "train_soft_mask_rate",
+                                                "test_loss", "test_acc1", "test_acc5", "n_parameters"]]
+    assert [row["epoch"] for row in rows] == [0, 1] and [row["train_soft_mask_rate"] for row in rows] == [0.5, 0]
+    assert rows[0]["train_lr"] == pytest.approx(7e-4 / 2)
+    assert all(row["test_acc1"] * 11 / 100 == pytest.approx(round(row["test_acc1"] * 11 / 100)) for row in rows)
+
+
+def test_training_learns(photos, tmp_path):
+    run(photos, tmp_path / "run", "--epochs", 8, "--lr", 1e-3)
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"] and rows[-1]["test_acc1"] > 90
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_rung_trains_and_only_soft_masks_have_a_schedule(step, photos, tmp_path):
+    checkpoint = run(photos, tmp_path / "run", "--step", step, "--epochs", 1)
+    assert (checkpoint["alpha"] is None) == (step != "soft_mask")
+    assert (metrics(tmp_path / "run")[0]["train_soft_mask_rate"] is None) == (step != "soft_mask")
+
+
+def test_flags_change_the_rung(photos, tmp_path):
+    cfg = run(photos, tmp_path / "run", "--step", "ps_cls", "--no-rmsnorm", "--mask", "soft_log", "--epochs", 1)["config"]
+    assert (cfg["swiglu"], cfg["rmsnorm"], cfg["mask"], cfg["cls_last"], cfg["rope"]) == (True, False, "soft_log", True, False)
+
+
+def test_the_same_command_gives_the_same_run_with_any_number_of_workers(photos, finished, tmp_path):
+    again = run(photos, tmp_path / "run", "--workers", 2)
+    assert equal(again, torch.load(finished / "last.pt", weights_only=True)) and metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_another_seed_gives_another_run(photos, finished, tmp_path):
+    other = run(photos, tmp_path / "run", "--seed", 1)
+    assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) > 0.01
+
+
+def test_micro_batches_accumulate_to_the_same_iteration(photos, finished, tmp_path):
+    other = run(photos, tmp_path / "run", "--micro-batch", 2)
+    assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) < 1e-5
+
+
+def test_bfloat16_computes_differently_but_stores_float32(photos, finished, tmp_path):
+    other = run(photos, tmp_path / "run", "--dtype", "bfloat16")
+    assert all(value.dtype == torch.float32 for value in other["model"].values())
+    assert 0 < largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) < 0.01
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photos, monkeypatch, tmp_path):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(optimizer, *args):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(optimizer, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(photos, tmp_path / "clipped", "--clip-grad", 0.1)
+    assert norms == pytest.approx(6 * [0.1], rel=1e-4)
+    norms.clear()
+    run(photos, tmp_path / "free", "--clip-grad", 0)
+    assert min(norms) > 0.2
+
+
+def test_the_default_folder_is_the_next_free_number(photos, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "7", "old"):
+        (tmp_path / "out" / f"nano-soft_mask-{photos.name}-{name}").mkdir(parents=True)
+    train.main(["--data", str(photos), *SMALL, "--epochs", "1"])
+    assert (tmp_path / "out" / f"nano-soft_mask-{photos.name}-8" / "best.pt").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(photos, out, monkeypatch, *flags):
+    """A run that ends right after its first epoch was saved."""
+    def save_and_stop(checkpoint, path):
+        save(checkpoint, path)
+        if path.name == "last.pt":
+            raise Stop
+    save = train.save
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "save", save_and_stop)
+        run(photos, out, *flags)
+
+
+def test_a_resumed_run_ends_as_the_run_left_alone(photos, finished, monkeypatch, tmp_path, capsys):
+    stopped(photos, tmp_path / "run", monkeypatch)
+    train.main(["--resume", str(tmp_path / "run"), "--workers", "1", "--device", "cpu"])
+    assert f"resume  {tmp_path / 'run' / 'last.pt'} at iteration 3 of 6" in capsys.readouterr().out
+    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "run", finished))
+    assert equal(one, other) and metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_resume_without_a_path_takes_out_or_the_newest_run(photos, finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(photos), *SMALL, "--resume"]
+    train.main([*flags, "--out", "mine"])
+    assert "run     mine, nothing to resume" in capsys.readouterr().out
+    train.main([*flags, "--out", "mine"])
+    assert "resume  mine/last.pt at iteration 6 of 6" in capsys.readouterr().out
+    train.main(flags)
+    assert "run     out/nano-soft_mask-photos0-1, nothing to resume" in capsys.readouterr().out
+    train.main(flags)
+    assert "resume  out/nano-soft_mask-photos0-1/last.pt at iteration 6 of 6" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_chosen_only_under_the_final_mask(photos, monkeypatch, tmp_path):
+    stopped(photos, tmp_path / "falling", monkeypatch, "--soft-mask-epochs", 2)
+    assert not (tmp_path / "falling" / "best.pt").exists() and (tmp_path / "falling" / "last.pt").exists()
+    stopped(photos, tmp_path / "fallen", monkeypatch, "--soft-mask-epochs", 1)
+    assert (tmp_path / "fallen" / "best.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# More than one process
+
+
+def torchrun(ranks, *command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                           *map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+
+
+SYNCS = """
+import json, sys
+import train
+
+class Counting(train.DistributedDataParallel):
+    syncs = 0
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        def count(state, bucket):
+            Counting.syncs += bucket.is_last()
+            return allreduce_hook(None, bucket)
+        self.register_comm_hook(None, count)
+
+train.DistributedDataParallel = Counting
+train.main(sys.argv[1:])
+print("syncs", Counting.syncs)
+"""
+
+
+def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(photos, finished, tmp_path):
+    (tmp_path / "count.py").write_text(SYNCS)
+    result = torchrun(2, tmp_path / "count.py", "--data", photos, "--out", tmp_path / "run", *SMALL, "--micro-batch", 2)
+    assert result.returncode == 0, result.stderr
+    assert "batch   8 = 2 ranks x 2 micro-batches x 2 images" in result.stdout
+    assert result.stdout.count("epoch 1  train loss") == 1                   # rank 0 alone speaks
+    assert result.stdout.count("syncs 6\n") == 2                             # 6 iterations, on either rank
+    one, two = (torch.load(folder / "last.pt", weights_only=True) for folder in (finished, tmp_path / "run"))
+    assert largest_difference(one, two) < 1e-5
+    for alone, shared in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
+        assert shared.pop("step") == alone.pop("step") and shared == pytest.approx(alone, rel=1e-4)
+
+
+def test_bad_input_ends_all_ranks_with_one_sentence(photos, tmp_path):
+    result = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, "--batch-size", 7)
+    assert result.returncode != 0 and "Traceback (most recent call last):\n  File \"/" not in result.stderr.split("error:")[0]
+    assert result.stderr.count("error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, before anything is written
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--size", "huge"], "unknown size 'huge'; choose one of nano, tiny, small, base, large"),
+    (["--step", "moe"], "unknown step 'moe'; choose one of vit, swiglu, rmsnorm"),
+    (["--recipe", "fast"], "unknown --recipe 'fast'; choose one of small-data"),
+    (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100 nor a folder"),
+    (["--mask", "hard"], "unknown mask 'hard'; choose one of none, causal"),
+    (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
+    (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+    (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
+    (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
+    (["--label-smoothing", "1"], "--label-smoothing is 1.0; it must be less than 1"),
+    (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
+    (["--soft-mask-schedule", "cosine"], "unknown --soft-mask-schedule 'cosine'; choose constant or linear"),
+    (["--colour", "red"], "unrecognized arguments: --colour red; --help lists the flags"),
+    (["--siz", "tiny"], "unrecognized arguments: --siz tiny; --help lists the flags"),
+    (["--device", "tpu"], "unknown --device 'tpu'; choose one of auto, cuda, mps, cpu"),
+    (["--dtype", "int8"], "unknown --dtype 'int8'; choose one of auto, float32, bfloat16, float16"),
+    (["--dtype", "float16"], "--dtype float16 needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
+    (["--workers", "-1"], "--workers is -1; it must be at least 0"),
+    (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8; 16 is"),
+    (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but --step ps_cls has mask 'causal'"),
+    (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
+    (["--batch-size", "32"], "has 24 training pictures, less than one --batch-size 32: make it smaller"),
+    (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
+])
+def test_bad_flags_are_refused(flags, said, photos, tmp_path, capsys):
+    assert said in refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL, *flags], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_val_is_refused(photos, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(photos / "train")
+    said = refused(train, ["--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL], capsys)
+    assert f"{tmp_path / 'data' / 'val'} is missing" in said and not (tmp_path / "run").exists()
+
+
+def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    said = refused(train, ["--data", photos, "--out", finished, *SMALL], capsys)
+    assert f"--out {finished} is not empty: give another folder, or --resume {finished} to go on in it" in said
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--size", "tiny"], "but here is --size tiny, not nano: drop the flag, or start a new run"),
+    (["--step", "ps_cls"], "but here is --step ps_cls, not soft_mask"),
+    (["--lr", "0.1", "--no-rope"], "but here is --lr 0.1, not 0.0007 and --rope False, not True"),
+])
+def test_resuming_another_run_is_refused(flags, said, finished, capsys):
+    assert said in refused(train, ["--resume", finished, *flags], capsys)
+
+
+def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
+    assert "nowhere: no checkpoint there" in refused(train, ["--resume", tmp_path / "nowhere"], capsys)
+    assert "best.pt lacks optimizer, scaler: use" in refused(train, ["--resume", finished / "best.pt"], capsys)
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    assert "last.pt cannot be read as a checkpoint" in refused(train, ["--resume", tmp_path], capsys)
+
+
+def test_resuming_with_other_classes_is_refused(photos, finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    checkpoint["classes"] = ["cat", "dog", "fox"]
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert "has the class folders owl, which are not among the 3" in refused(train, ["--resume", tmp_path], capsys)
