@@ -218,26 +218,30 @@ class Shapes(Dataset):
 
 
 def fit(image, size):
-    """Resize the shorter side to `size` and cut out the middle; a picture of that size is left alone."""
+    """Resize the shorter side to `size` and cut out the middle square; a picture of that size is left alone."""
     if image.size == (size, size):
         return image
     return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), size)
 
 
 def eval_transform(image, rng, size):
-    """The published evaluation: whole pictures up to 32 pixels, the middle 7/8 below 384, from 384 on warped to fit."""
+    """The published evaluation: up to 32 pixels the whole square, below 384 its middle 7/8, from 384 on all, warped."""
     if size <= 32:
         return fit(image, size)
     if size >= 384:
         return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
-    return TF.center_crop(TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC), size)
+    return TF.center_crop(enlarge(image, size), size)
+
+
+def enlarge(image, size):
+    """Resize so that a crop of `size` is 7/8 of the shorter side."""
+    return TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC)
 
 
 def crop_flip(image, rng, size):
-    """For small pictures: a black border of an eighth, crop anywhere, flip half of them."""
-    pad = size // 8
-    image = ImageOps.expand(fit(image, size), pad)
-    left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)
+    """Crop anywhere, flip half of the pictures. Up to 32 pixels a black border of an eighth makes room for the crop."""
+    image = ImageOps.expand(fit(image, size), size // 8) if size <= 32 else enlarge(image, size)
+    left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
     image = image.crop((left, top, left + size, top + size))
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
@@ -331,14 +335,16 @@ def grid(images, classes, rows=6, columns=10, cell=96):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Save a labelled grid of training pictures, as the model sees them.")
     parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
-    parser.add_argument("--split", default="train", help="train or val")
+    parser.add_argument("--split", default="train", choices=("train", "val"))
     parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
     parser.add_argument("--out", default="samples.png", help="where the picture goes")
     args = parser.parse_args()
-    try:
-        source = open_data(args.data, args.split, args.img_size)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     transform = crop_flip if args.split == "train" else eval_transform
-    grid(Images(source, partial(transform, size=args.img_size)), source.classes).save(args.out)
+    try:
+        if args.img_size < 1:
+            raise ValueError(f"--img-size is {args.img_size}; it must be at least 1")
+        source = open_data(args.data, args.split, args.img_size)
+        grid(Images(source, partial(transform, size=args.img_size)), source.classes).save(args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"{len(source):,} pictures in {len(source.classes)} classes; a sample of them is in {args.out}")

@@ -40,8 +40,9 @@ def explain():
     try:
         yield
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)   # the first process says it, and torchrun ends the others; unless all is well with the first
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -55,13 +56,14 @@ def setup(device="auto", dtype="auto"):
     if missing and "RANK" in os.environ:
         raise ValueError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
     rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
     if device not in ("cuda", "mps", "cpu"):
         raise ValueError(f"unknown --device {device!r}; choose one of auto, cuda, mps, cpu")
-    if device == "cuda" and local >= gpus:
-        raise ValueError(f"--device cuda: there are {gpus} GPUs for {local + 1} processes or more on this machine; "
+    if device == "cuda" and neighbours > gpus:
+        raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {neighbours} processes; "
                          "start fewer, or use --device cpu")
     if device == "mps" and (not mps or world > 1):
         raise ValueError(f"--device mps: {'one process at a time' if mps else 'there is none on this machine'}; "
@@ -93,8 +95,9 @@ def open_once(data, *args, **kwargs):
 
 
 def default_workers():
-    """Loader processes: this process's share of the machine's cores, at most 8."""
-    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Loader processes: this process's share of the cores that it may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,22 +130,26 @@ def evaluate(model, batches, device, dtype=torch.float32):
 
 def build(checkpoint):
     """The model in a checkpoint of train.py, with its weights and its soft mask."""
-    model = VisionTransformer(Config(**checkpoint["config"]))
-    load_weights(model, checkpoint["model"])
+    try:
+        cfg = Config(**checkpoint["config"])
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
+    model = VisionTransformer(cfg)
+    load_weights(model, checkpoint)
     if checkpoint["alpha"] is not None:
         model.set_soft_mask(checkpoint["alpha"])
     return model
 
 
 @torch.no_grad()
-def classify(model, path, transform, classes, device):
+def classify(model, path, transform, classes, device, dtype):
     """The five most likely classes of a picture and their probabilities, likeliest first: {name: probability}."""
     try:
-        image = Image.open(path)
-        pixels, _ = Images([(image, 0)], transform)[0, 0]
-    except OSError as error:
+        pixels, _ = Images([(Image.open(path), 0)], transform)[0, 0]
+    except Exception as error:   # PIL raises half a dozen kinds for a damaged file
         raise ValueError(f"--image {path} cannot be read as a picture ({error}): check the file") from error
-    probabilities = model(normalize(pixels[None].to(device))).softmax(-1)[0]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        probabilities = model(normalize(pixels[None].to(device))).float().softmax(-1)[0]
     top = probabilities.topk(min(5, len(classes)))
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
 
@@ -163,15 +170,19 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+        if args.image and args.data:
+            raise ValueError("--image looks at one picture and --data at many: drop one of them")
         rank, world, device, dtype = setup(args.device, args.dtype)
         checkpoint = read_checkpoint(args.checkpoint, needs=("config", "model", "classes", "alpha", "run"))
         model = build(checkpoint).to(device).eval()
+        alpha = checkpoint["alpha"]
         if args.soft_mask is not None:
-            model.set_soft_mask(args.soft_mask)
+            alpha = args.soft_mask
+            model.set_soft_mask(alpha)
         classes, size = checkpoint["classes"], model.cfg.img_size
         transform = partial(eval_transform, size=size)
         if args.image:
-            likely = classify(model, args.image, transform, classes, device)
+            likely = classify(model, args.image, transform, classes, device, dtype)
             lines = [f"{100 * p:5.1f} %  {name}" for name, p in likely.items()]
             if rank == 0:
                 print(json.dumps(likely) if args.json else "\n".join(lines))
@@ -180,12 +191,12 @@ def main(argv=None):
 
     batches = loader(Images(source, transform), EvalSampler(len(source), args.batch_size, rank, world), args.workers)
     result = evaluate(model, batches, device, dtype)
-    result |= dict(img_size=size, alpha=model.alpha.item() if model.cfg.mask.startswith("soft") else None)
+    result |= dict(img_size=size, alpha=alpha)
     if rank == 0:
         if args.json:
             print(json.dumps(result))
         else:
-            mask = f"mask {model.cfg.mask}" + ("" if result["alpha"] is None else f" alpha {result['alpha']:g}")
+            mask = f"mask {model.cfg.mask}" + ("" if alpha is None else f" alpha {alpha:g}")
             print(f"top-1 {result['test_acc1']:.3f} %  top-5 {result['test_acc5']:.3f} %  "
                   f"loss {result['test_loss']:.4f}  {result['images']:,} images at {size} x {size}, {mask}, "
                   f"{result['time_images_per_s']:,.0f} images/s")

@@ -370,8 +370,8 @@ def read_checkpoint(path, needs=()):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
     missing = [key for key in needs if key not in checkpoint]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: use a checkpoint that train.py wrote, "
-                         "to resume a run its last.pt")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
+                         "(--resume takes a run's last.pt)")
     return checkpoint
 
 
@@ -383,6 +383,8 @@ def load_weights(model, source, new_head=False):
     """
     state = source if isinstance(source, dict) else read_checkpoint(source)
     state = state.get("model", state)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("what should be weights is not a dict of tensors: use another file")
     wrappers = r"^((module|_orig_mod)\.)+"                           # DDP's and torch.compile's
     state = {re.sub(wrappers, "", name): value for name, value in state.items()}
     own, notes = model.state_dict(), []

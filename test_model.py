@@ -306,6 +306,7 @@ def test_it_compiles_in_one_graph_and_not_again_when_alpha_changes(rung):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_same_logits_and_gradients():
     model, images = build("soft_mask", alpha=0.5), hashed_images(2)
     torch._dynamo.reset()

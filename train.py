@@ -12,12 +12,13 @@ epoch), last.pt and best.pt; eval.py reads the last two.
 import argparse
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ class Recipe:
     patch_size: int              # pixels a side of a patch
     epochs: int                  # times through the training pictures
     batch_size: int              # images an iteration: over all ranks and micro-batches
-    micro_batch: int             # images a forward pass on one rank, at most; gradients accumulate over them
+    micro_batch: int             # images a forward pass on one rank; gradients accumulate over them
     lr: float                    # peak learning rate of AdamW, whatever the batch size
     min_lr: float                # where the cosine ends
     warmup_epochs: int           # linear warm-up from 0
@@ -80,6 +81,7 @@ class Run:
     recipe: str = "small-data"   # how to train, see RECIPES
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
     seed: int = 0                # of weights, order and augmentation
+    dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
 
 
 @dataclass
@@ -87,7 +89,6 @@ class Machine:
     """What changes nothing about the run but its speed and last digits."""
     out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
     device: str = "auto"         # auto, cuda, mps or cpu
-    dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
     compile: bool = False        # torch.compile the model
     workers: int = default_workers()   # loader processes a rank
 
@@ -117,12 +118,16 @@ def soft_mask_at(iteration, recipe, iterations_per_epoch):
 # The command line comes from the dataclasses
 
 
-def flag(name):
-    return f"--{name.replace('_', '-')}"
+def flag(name, value=None):
+    """How a field is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}{'' if value is None else f' {value}'}"
 
 
 def add_flags(parser, cls, skip=()):
-    """A flag for each field, its comment as the help. Only flags that were given appear in the result."""
+    """A flag for each field, its comment as the help. Only flags that were given appear in the result: where one was
+    not, the dataclass, the recipe or the rung has the value."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name not in skip:
@@ -152,8 +157,8 @@ def settle(given, checkpoint):
     """Flags, recipe and checkpoint -> (Run, Recipe, the Config's fields that do not follow from them)."""
     if checkpoint is not None:
         saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-        changed = [f"{flag(name)} {value}, not {saved[name]}"
-                   for name, value in given.items() if name in saved and saved[name] != value]
+        changed = [f"{flag(name, value)}, not {flag(name, saved[name])}"
+                   for name, value in given.items() if name in saved and name != "data" and saved[name] != value]
         if changed:
             raise ValueError(f"--resume goes on with the run as it was started, but here is {' and '.join(changed)}: "
                              "drop the flag, or start a new run")
@@ -165,7 +170,7 @@ def settle(given, checkpoint):
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
     explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
     if explicit and checkpoint is None and not cfg.mask.startswith("soft"):
-        raise ValueError(f"{flag(explicit[0])} needs a soft mask, but --step {run.step} has mask {cfg.mask!r}: "
+        raise ValueError(f"{flag(explicit[0])} needs a soft mask, but the mask of this model is {cfg.mask!r}: "
                          "drop the flag, or add --mask soft")
     return run, recipe, cfg
 
@@ -175,9 +180,12 @@ def plural(n, word, s="s"):
 
 
 def divide(recipe, world, strict):
-    """Images a forward pass, and forward passes an iteration, on each rank."""
+    """Images a forward pass, and forward passes an iteration, on each rank. Unless `strict`, a recipe's micro-batch is
+    the most that it may be."""
     share, left = divmod(recipe.batch_size, world)
-    micro = recipe.micro_batch if strict else min(recipe.micro_batch, max(1, share))
+    micro = recipe.micro_batch
+    while not strict and micro > 1 and (micro > share or share % micro):
+        micro -= 1
     if left or share % micro:
         near = max(1, round(recipe.batch_size / world / micro)) * world * micro
         raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {plural(world, 'rank')} "
@@ -200,37 +208,42 @@ def find_resume(given):
         return place
     found = sorted([*place.glob("last.pt"), *place.glob("*/last.pt")], key=lambda path: path.stat().st_mtime)
     if not found and given["resume"]:
-        raise ValueError(f"--resume {place}: no checkpoint there; check the path, or leave --resume out to start a run")
+        raise ValueError(f"--resume {place}: no checkpoint there; check the path, or give --out {place} --resume, "
+                         "which starts where nothing has been saved")
     return found[-1] if found else None
 
 
-def make_folder(out, name):
-    """The run's folder, new or empty. Without `out`: out/NAME-N, N the next free number."""
-    if out:
-        folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--out {folder} is not empty: give another folder, or --resume {folder} to go on in it")
-    else:
-        taken = [int(path.name.rsplit("-", 1)[1]) for path in Path("out").glob(f"{name}-*")
-                 if path.name.rsplit("-", 1)[1].isdigit()]
-        folder = Path("out") / f"{name}-{max(taken, default=0) + 1}"
+def make_folder(out, name, resume):
+    """The run's folder. Without `out`: out/NAME-N, N the first free number."""
+    if out and not resume and any(Path(out, file).exists() for file in ("config.json", "last.pt", "best.pt")):
+        raise ValueError(f"--out {out} holds another run: give another folder, or add --resume to go on with it")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if out:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        for number in itertools.count(1):
+            folder = Path("out", f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from error
-    return folder
+        raise ValueError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error
 
 
-def save(checkpoint, path):
-    """Write a checkpoint so that `path` is at any moment whole: the old one or the new one."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    temporary = path.with_suffix(".tmp")
+def write(path, content):
+    """Write bytes so that the file is whole at any moment: the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save(checkpoint, path):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,19 +267,29 @@ def main(argv=None):
         if machine.workers < 0:
             raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
         path = find_resume(given)
-        checkpoint = path and read_checkpoint(path, needs=(
-            "run", "recipe", "config", "classes", "model", "optimizer", "scaler", "iteration", "best_acc1"))
+        checkpoint = path and read_checkpoint(path, needs=("run", "recipe", "config", "classes", "train_images", "model",
+                                                           "optimizer", "scaler", "iteration", "best_acc1"))
         run, recipe, cfg = settle(given, checkpoint)
-        rank, world, device, dtype = setup(machine.device, machine.dtype)
+        rank, world, device, dtype = setup(machine.device, run.dtype)
+        run = replace(run, dtype=str(dtype).removeprefix("torch."))
         micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
         train = open_once(run.data, "train", cfg.img_size, checkpoint and checkpoint["classes"])
         val = open_once(run.data, "val", cfg.img_size, train.classes)
         if len(train) < recipe.batch_size:
             raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
                              f"{recipe.batch_size}: make it smaller")
+        if checkpoint and checkpoint["train_images"] != len(train):
+            raise ValueError(f"--data {run.data} has {len(train)} training pictures, but the run to resume had "
+                             f"{checkpoint['train_images']}: give the data that it was started with")
         cfg = replace(cfg, num_classes=len(train.classes))
-        name = f"{run.size}-{run.step}-{Path(run.data).name}"
-        folder = path.parent if path else make_folder(machine.out, name) if rank == 0 or machine.out else None
+        torch.manual_seed(seed_of("weights", run.seed))
+        model = VisionTransformer(cfg).to(device)
+        if checkpoint:
+            load_weights(model, checkpoint)
+        folder = path and path.parent
+        if not path and (rank == 0 or machine.out):
+            name = f"{run.size}-{run.step}-{Path(run.data).name}"
+            folder = make_folder(machine.out, name, resume="resume" in given)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed)
@@ -277,19 +300,18 @@ def main(argv=None):
     iterations_per_epoch = len(train) // recipe.batch_size
     total = recipe.epochs * iterations_per_epoch
 
-    torch.manual_seed(seed_of("weights", run.seed))
-    model = VisionTransformer(cfg).to(device)
     if machine.compile:
         model.compile()
     soft = cfg.mask.startswith("soft")
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    iteration, best = 0, -1.0
-    if checkpoint is not None:
-        load_weights(model, checkpoint["model"])
+    iteration, best, rows = 0, -1.0, []
+    if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         iteration, best = checkpoint["iteration"], checkpoint["best_acc1"]
+        with suppress(FileNotFoundError):
+            rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch]
     net = DistributedDataParallel(model) if world > 1 else model
     n_parameters = sum(p.numel() for p in model.parameters())
 
@@ -300,13 +322,11 @@ def main(argv=None):
         f"x {plural(micro_batch, 'image')}; recipe {run.recipe}: {plural(recipe.epochs, 'epoch')} "
         f"of {plural(iterations_per_epoch, 'iteration')}")
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    say(f"device  {device.type}{threads}, {str(dtype).removeprefix('torch.')}{', compiled' if machine.compile else ''}")
+    say(f"device  {device.type}{threads}, {run.dtype}{', compiled' if machine.compile else ''}")
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
+                    train_images=len(train))
     if rank == 0:
-        rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch] if path else []
-        log = open(folder / "metrics.jsonl", "w")
-        log.writelines(row + "\n" for row in rows)
-        settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes)
-        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        write(folder / "config.json", json.dumps(settings, indent=1).encode())
     say(f"resume  {path} at iteration {iteration:,} of {total:,}" if path else
         f"run     {folder}{', nothing to resume' if 'resume' in given else ''}")
 
@@ -368,7 +388,8 @@ def main(argv=None):
             f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
             f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")
         if rank == 0:
-            print(json.dumps(row), file=log, flush=True)
+            rows.append(json.dumps(row))
+            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
             final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)
             improved = final and result["test_acc1"] > best   # accuracies under different masks do not compare
             best = result["test_acc1"] if improved else best

@@ -1,11 +1,16 @@
 """What several test files need: a small folder of pictures, and a run on it."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import train
 
+ROOT = Path(__file__).parents[1]
 # A model and a run of seconds: one block, 16 pixels, 24 pictures in 3 iterations.
 SMALL = "--size nano --depth 1 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
 
@@ -34,6 +39,13 @@ def finished(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train.main(["--data", str(photos), "--out", str(folder), *SMALL])
     return folder
+
+
+def torchrun(ranks, *command):
+    """Run a program of ours in several processes on the CPU."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                           *map(str, command), "--device", "cpu"], capture_output=True, text=True, env=environment)
 
 
 def refused(program, argv, capsys):

@@ -1,10 +1,6 @@
 """What is true of training: one property a test."""
 import json
-import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +8,10 @@ import pytest
 import torch
 
 import train
-from conftest import SMALL, refused
-from data import open_data
+from conftest import ROOT, SMALL, refused, torchrun
 from model import STEPS, VisionTransformer, config
 from train import RECIPES, lr_at, make_optimizer, soft_mask_at
 
-ROOT = Path(__file__).parents[1]
 RECIPE = replace(RECIPES["small-data"], epochs=10, warmup_epochs=2, lr=1e-3, min_lr=1e-5, soft_mask_epochs=3)
 
 
@@ -86,9 +80,10 @@ def test_norms_biases_positions_and_class_token_do_not_decay():
 def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
     run(photos, tmp_path / "run", "--micro-batch", 4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("model   nano, step soft_mask: 288,899 parameters, 16 x 16 pixels in patches of 8, 5 tokens, mask soft")
+    assert lines[0] == ("model   nano, step soft_mask: 288,899 parameters, 16 x 16 pixels in patches of 8, 5 tokens, "
+                        "mask soft")
     assert lines[1] == f"data    {photos}: 24 pictures to train, 11 to test, 3 classes"
-    assert lines[2] == ("batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data: 2 epochs of 3 iterations")
+    assert lines[2] == "batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data: 2 epochs of 3 iterations"
     assert re.match(r"device  cpu with \d+ threads?, float32$", lines[3])
     assert lines[4] == f"run     {tmp_path / 'run'}"
     best = re.match(r"done    top-1 ([\d.]+) % in (.*best.pt); evaluate it: python eval.py \2 --data ", lines[-1])
@@ -107,8 +102,8 @@ def test_the_folder_holds_settings_metrics_and_checkpoints_of_plain_types(photos
 
 def test_metrics_bear_the_published_names_and_the_epochs_means(finished):
     rows = metrics(finished)
-    assert [list(row) for row in rows] == 2 * [["step", "seed", "epoch", "train_loss", "train_lr", "train_soft_mask_rate",
-                                                "test_loss", "test_acc1", "test_acc5", "n_parameters"]]
+    names = "step seed epoch train_loss train_lr train_soft_mask_rate test_loss test_acc1 test_acc5 n_parameters"
+    assert [" ".join(row) for row in rows] == [names, names]
     assert [row["epoch"] for row in rows] == [0, 1] and [row["train_soft_mask_rate"] for row in rows] == [0.5, 0]
     assert rows[0]["train_lr"] == pytest.approx(7e-4 / 2)
     assert all(row["test_acc1"] * 11 / 100 == pytest.approx(round(row["test_acc1"] * 11 / 100)) for row in rows)
@@ -128,13 +123,15 @@ def test_every_rung_trains_and_only_soft_masks_have_a_schedule(step, photos, tmp
 
 
 def test_flags_change_the_rung(photos, tmp_path):
-    cfg = run(photos, tmp_path / "run", "--step", "ps_cls", "--no-rmsnorm", "--mask", "soft_log", "--epochs", 1)["config"]
-    assert (cfg["swiglu"], cfg["rmsnorm"], cfg["mask"], cfg["cls_last"], cfg["rope"]) == (True, False, "soft_log", True, False)
+    cfg = run(photos, tmp_path / "run", "--step", "ps_cls", "--no-rmsnorm", "--mask", "soft_log")["config"]
+    expected = dict(swiglu=True, rmsnorm=False, mask="soft_log", cls_last=True, rope=False)
+    assert {name: cfg[name] for name in expected} == expected
 
 
 def test_the_same_command_gives_the_same_run_with_any_number_of_workers(photos, finished, tmp_path):
     again = run(photos, tmp_path / "run", "--workers", 2)
-    assert equal(again, torch.load(finished / "last.pt", weights_only=True)) and metrics(tmp_path / "run") == metrics(finished)
+    assert equal(again, torch.load(finished / "last.pt", weights_only=True))
+    assert metrics(tmp_path / "run") == metrics(finished)
 
 
 def test_another_seed_gives_another_run(photos, finished, tmp_path):
@@ -142,9 +139,46 @@ def test_another_seed_gives_another_run(photos, finished, tmp_path):
     assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) > 0.01
 
 
-def test_micro_batches_accumulate_to_the_same_iteration(photos, finished, tmp_path):
-    other = run(photos, tmp_path / "run", "--micro-batch", 2)
-    assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) < 1e-5
+@pytest.fixture
+def steps(monkeypatch):
+    """What reaches the optimiser and the model in each iteration: [dict(lr, alpha, grads)]."""
+    seen, step, masks = [], torch.optim.AdamW.step, VisionTransformer.masks
+
+    def spy_step(optimizer, *args):
+        groups = optimizer.param_groups
+        assert groups[0]["lr"] == groups[1]["lr"]
+        seen.append(dict(lr=groups[0]["lr"], alpha=alphas[-1],
+                         grads=[p.grad.clone() for group in groups for p in group["params"]]))
+        return step(optimizer, *args)
+
+    def spy_masks(model):
+        alphas.append(model.alpha.item())
+        return masks(model)
+    alphas = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
+    monkeypatch.setattr(VisionTransformer, "masks", spy_masks)
+    return seen
+
+
+def test_each_iteration_has_the_schedules_learning_rate_and_alpha(photos, tmp_path, steps):
+    run(photos, tmp_path / "run", "--epochs", 4, "--warmup-epochs", 1, "--soft-mask-epochs", 2)
+    recipe = replace(RECIPES["small-data"], epochs=4, warmup_epochs=1, soft_mask_epochs=2)
+    assert [step["lr"] for step in steps] == [lr_at(i, recipe, 3) for i in range(12)]
+    assert [step["alpha"] for step in steps] == pytest.approx([soft_mask_at(i, recipe, 3) for i in range(12)])
+
+
+def test_micro_batches_accumulate_to_the_same_gradients(photos, tmp_path, steps):
+    run(photos, tmp_path / "whole", "--clip-grad", 0, "--epochs", 1)
+    run(photos, tmp_path / "parts", "--clip-grad", 0, "--epochs", 1, "--micro-batch", 2)
+    for whole, parts in zip(steps[0]["grads"], steps[3]["grads"], strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+
+
+def test_labels_are_smoothed_in_training(photos, tmp_path, steps):
+    for smoothing in (0, 0.5):
+        run(photos, tmp_path / f"{smoothing}", "--epochs", 1, "--clip-grad", 0, "--label-smoothing", smoothing)
+    plain, smooth = (step["grads"][-1] for step in (steps[0], steps[3]))     # of the head's bias: p - target, averaged
+    assert plain.shape == (3,) and smooth.norm() < 0.8 * plain.norm()
 
 
 def test_bfloat16_computes_differently_but_stores_float32(photos, finished, tmp_path):
@@ -153,27 +187,19 @@ def test_bfloat16_computes_differently_but_stores_float32(photos, finished, tmp_
     assert 0 < largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) < 0.01
 
 
-def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photos, monkeypatch, tmp_path):
-    norms, step = [], torch.optim.AdamW.step
-
-    def spy(optimizer, *args):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.get_total_norm(grads).item())
-        return step(optimizer, *args)
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photos, tmp_path, steps):
     run(photos, tmp_path / "clipped", "--clip-grad", 0.1)
-    assert norms == pytest.approx(6 * [0.1], rel=1e-4)
-    norms.clear()
     run(photos, tmp_path / "free", "--clip-grad", 0)
-    assert min(norms) > 0.2
+    norms = [torch.nn.utils.get_total_norm(step["grads"]).item() for step in steps]
+    assert norms[:6] == pytest.approx(6 * [0.1], rel=1e-4) and min(norms[6:]) > 0.2
 
 
 def test_the_default_folder_is_the_next_free_number(photos, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name in ("1", "7", "old"):
+    for name in ("1", "2", "4"):
         (tmp_path / "out" / f"nano-soft_mask-{photos.name}-{name}").mkdir(parents=True)
     train.main(["--data", str(photos), *SMALL, "--epochs", "1"])
-    assert (tmp_path / "out" / f"nano-soft_mask-{photos.name}-8" / "best.pt").is_file()
+    assert (tmp_path / "out" / f"nano-soft_mask-{photos.name}-3" / "best.pt").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,12 +222,15 @@ def stopped(photos, out, monkeypatch, *flags):
         run(photos, out, *flags)
 
 
-def test_a_resumed_run_ends_as_the_run_left_alone(photos, finished, monkeypatch, tmp_path, capsys):
-    stopped(photos, tmp_path / "run", monkeypatch)
+def test_a_resumed_run_ends_as_the_run_left_alone(photos, monkeypatch, tmp_path, capsys):
+    flags = ["--depth", 2, "--drop-path", 0.5]                               # with randomness in the model
+    alone = run(photos, tmp_path / "alone", *flags)
+    stopped(photos, tmp_path / "run", monkeypatch, *flags)
+    torch.rand(7)                                                            # whatever state the generator is in
     train.main(["--resume", str(tmp_path / "run"), "--workers", "1", "--device", "cpu"])
     assert f"resume  {tmp_path / 'run' / 'last.pt'} at iteration 3 of 6" in capsys.readouterr().out
-    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "run", finished))
-    assert equal(one, other) and metrics(tmp_path / "run") == metrics(finished)
+    assert equal(torch.load(tmp_path / "run" / "last.pt", weights_only=True), alone)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
 
 
 def test_resume_without_a_path_takes_out_or_the_newest_run(photos, finished, monkeypatch, tmp_path, capsys):
@@ -224,53 +253,90 @@ def test_the_best_checkpoint_is_chosen_only_under_the_final_mask(photos, monkeyp
     assert (tmp_path / "fallen" / "best.pt").exists()
 
 
+def test_the_best_checkpoint_is_the_best_epochs_also_across_a_resume(photos, monkeypatch, tmp_path):
+    scores = iter([50.0, 60.0, 40.0, 55.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: dict(test_acc1=next(scores), test_acc5=100.0, test_loss=1.0))
+    stopped(photos, tmp_path / "run", monkeypatch, "--epochs", 4)
+    train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert (best["iteration"], best["best_acc1"]) == (6, 60) and (last["iteration"], last["best_acc1"]) == (12, 60)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(photos, finished, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((finished / "config.json").read_bytes())
+    again = run(photos, tmp_path / "run", "--resume")
+    assert equal(again, torch.load(finished / "last.pt", weights_only=True))
+
+
+def test_metrics_of_earlier_epochs_are_never_lost(photos, monkeypatch, tmp_path):
+    stopped(photos, tmp_path / "run", monkeypatch)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "evaluate", lambda *_: (_ for _ in ()).throw(Stop))
+        train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before and before
+
+
+def test_the_data_may_have_moved(photos, finished, monkeypatch, tmp_path, capsys):
+    (tmp_path / "elsewhere").symlink_to(photos)
+    train.main(["--resume", str(finished), "--data", str(tmp_path / "elsewhere"), "--device", "cpu"])
+    assert "at iteration 6 of 6" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # More than one process
 
 
-def torchrun(ranks, *command):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           *map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
-
-
-SYNCS = """
-import json, sys
-import train
+SPY = """  # train.py, but it counts gradient synchronisations and saves the first gradients
+import sys
+import torch, train
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 class Counting(train.DistributedDataParallel):
     syncs = 0
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         def count(state, bucket):
             Counting.syncs += bucket.is_last()
             return allreduce_hook(None, bucket)
         self.register_comm_hook(None, count)
 
-train.DistributedDataParallel = Counting
-train.main(sys.argv[1:])
+class Saving(torch.optim.AdamW):
+    def step(self, *args):
+        if not self.state:
+            torch.save([p.grad for group in self.param_groups for p in group["params"]], sys.argv[1])
+        return super().step(*args)
+
+train.DistributedDataParallel, torch.optim.AdamW = Counting, Saving
+train.main(sys.argv[2:])
 print("syncs", Counting.syncs)
 """
 
 
-def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(photos, finished, tmp_path):
-    (tmp_path / "count.py").write_text(SYNCS)
-    result = torchrun(2, tmp_path / "count.py", "--data", photos, "--out", tmp_path / "run", *SMALL, "--micro-batch", 2)
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(photos, finished, tmp_path, steps):
+    flags = ["--data", photos, *SMALL, "--clip-grad", 0]
+    run(photos, tmp_path / "alone", "--clip-grad", 0)
+    (tmp_path / "spy.py").write_text(SPY)
+    result = torchrun(2, tmp_path / "spy.py", tmp_path / "grads.pt", *flags, "--out", tmp_path / "two", "--micro-batch", 2)
     assert result.returncode == 0, result.stderr
     assert "batch   8 = 2 ranks x 2 micro-batches x 2 images" in result.stdout
     assert result.stdout.count("epoch 1  train loss") == 1                   # rank 0 alone speaks
     assert result.stdout.count("syncs 6\n") == 2                             # 6 iterations, on either rank
-    one, two = (torch.load(folder / "last.pt", weights_only=True) for folder in (finished, tmp_path / "run"))
-    assert largest_difference(one, two) < 1e-5
-    for alone, shared in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
+    for alone, shared in zip(steps[0]["grads"], torch.load(tmp_path / "grads.pt", weights_only=True), strict=True):
+        torch.testing.assert_close(alone, shared, atol=1e-6, rtol=0)         # before AdamW, which would hide a factor
+    for alone, shared in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "two"), strict=True):
         assert shared.pop("step") == alone.pop("step") and shared == pytest.approx(alone, rel=1e-4)
 
 
-def test_bad_input_ends_all_ranks_with_one_sentence(photos, tmp_path):
-    result = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, "--batch-size", 7)
-    assert result.returncode != 0 and "Traceback (most recent call last):\n  File \"/" not in result.stderr.split("error:")[0]
-    assert result.stderr.count("error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n") == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, said", [
+    (["--size", "huge"], "error: unknown size 'huge'; choose one of nano, tiny, small, base, large\n"),
+    (["--batch-size", "7"], "error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n")])
+def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_path):
+    result = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
+    assert result.returncode != 0 and result.stderr.count("error:") == result.stderr.count(said) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -298,7 +364,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(photos, tmp_path):
     (["--dtype", "float16"], "--dtype float16 needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
     (["--workers", "-1"], "--workers is -1; it must be at least 0"),
     (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8; 16 is"),
-    (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but --step ps_cls has mask 'causal'"),
+    (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but the mask of this model is 'causal'"),
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
     (["--batch-size", "32"], "has 24 training pictures, less than one --batch-size 32: make it smaller"),
     (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
@@ -318,14 +384,15 @@ def test_a_folder_without_val_is_refused(photos, tmp_path, capsys):
 def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     said = refused(train, ["--data", photos, "--out", finished, *SMALL], capsys)
-    assert f"--out {finished} is not empty: give another folder, or --resume {finished} to go on in it" in said
+    assert f"--out {finished} holds another run: give another folder, or add --resume to go on with it" in said
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--size", "tiny"], "but here is --size tiny, not nano: drop the flag, or start a new run"),
-    (["--step", "ps_cls"], "but here is --step ps_cls, not soft_mask"),
-    (["--lr", "0.1", "--no-rope"], "but here is --lr 0.1, not 0.0007 and --rope False, not True"),
+    (["--size", "tiny"], "but here is --size tiny, not --size nano: drop the flag, or start a new run"),
+    (["--step", "ps_cls"], "but here is --step ps_cls, not --step soft_mask"),
+    (["--dtype", "bfloat16"], "but here is --dtype bfloat16, not --dtype float32"),
+    (["--lr", "0.1", "--no-rope"], "but here is --lr 0.1, not --lr 0.0007 and --no-rope, not --rope"),
 ])
 def test_resuming_another_run_is_refused(flags, said, finished, capsys):
     assert said in refused(train, ["--resume", finished, *flags], capsys)
@@ -338,8 +405,12 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
     assert "last.pt cannot be read as a checkpoint" in refused(train, ["--resume", tmp_path], capsys)
 
 
-def test_resuming_with_other_classes_is_refused(photos, finished, tmp_path, capsys):
-    checkpoint = torch.load(finished / "last.pt", weights_only=True)
-    checkpoint["classes"] = ["cat", "dog", "fox"]
-    torch.save(checkpoint, tmp_path / "last.pt")
-    assert "has the class folders owl, which are not among the 3" in refused(train, ["--resume", tmp_path], capsys)
+@pytest.mark.parametrize("changes, said", [
+    (dict(classes=["cat", "dog", "fox"]), "has the class folders owl, which are not among the 3"),
+    (dict(train_images=25), "has 24 training pictures, but the run to resume had 25"),
+    (dict(model={}), "the weights do not fit the model: "),
+    (dict(model=torch.zeros(1)), "what should be weights is not a dict of tensors"),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
+    torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")
+    assert said in refused(train, ["--resume", tmp_path, "--device", "cpu"], capsys)
