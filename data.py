@@ -265,8 +265,7 @@ class Images(Dataset):
         epoch, index = key
         image, label = self.source[index]
         image = self.transform(image.convert("RGB"), random.Random(f"{self.seed} {epoch} {index}"))
-        # Dense: else a batch's layout, and with it the last digits of its sums, would hang on which process stacked it.
-        return TF.pil_to_tensor(image).contiguous(), label
+        return TF.pil_to_tensor(image), label
 
 
 class TrainSampler(Sampler):

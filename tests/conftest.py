@@ -11,21 +11,21 @@ from PIL import Image
 import train
 
 ROOT = Path(__file__).parents[1]
-# A model and a run of seconds: one block, 16 pixels, 24 pictures in 3 iterations.
-SMALL = "--size nano --depth 1 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
+# A model and a run of seconds: two blocks, 16 pixels, 24 pictures in 3 iterations.
+SMALL = "--size nano --depth 2 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise of a colour that tells the class."""
+    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise with a hint of a colour that tells the class."""
     root = tmp_path_factory.mktemp("photos")
     for split, count in (("train", 24), ("val", 11)):
         for i in range(count):
             rng, label = random.Random(f"{split} {i}"), i % 3
             size = rng.randint(17, 40), rng.randint(17, 40)
             picture = Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
-            picture.putalpha(160)
-            sheet = Image.new("RGB", size, [(200, 40, 40), (40, 200, 40), (40, 40, 200)][label])
+            picture.putalpha(225)
+            sheet = Image.new("RGB", size, [(190, 90, 90), (90, 190, 90), (90, 90, 190)][label])
             sheet.paste(picture, (0, 0), picture)
             folder = root / split / ["cat", "dog", "owl"][label]
             folder.mkdir(parents=True, exist_ok=True)

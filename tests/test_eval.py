@@ -82,10 +82,12 @@ def test_the_best_checkpoint_scores_what_training_said(finished, capsys):
 def test_alpha_is_the_checkpoints_unless_it_is_given(photos, finished, tmp_path, capsys):
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     torch.save(checkpoint | dict(alpha=0.75), tmp_path / "soft.pt")
+    losses = []
     for alpha, flags in ((0.75, []), (0.25, ["--soft-mask", "0.25"])):
         result = json.loads(printed([tmp_path / "soft.pt", "--json", *flags], capsys))
         logits, labels = by_hand(photos, finished / "best.pt", alpha)
-        assert result["alpha"] == alpha
+        assert result["alpha"] == alpha and result["test_loss"] not in losses
+        losses.append(result["test_loss"])
         assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
@@ -134,7 +136,7 @@ def test_a_soft_mask_for_a_model_without_one_is_refused(finished, tmp_path, caps
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
-    for changes, said in ((dict(depth=2), "blocks.1.attn.proj.bias is missing"),
+    for changes, said in ((dict(depth=3), "blocks.2.attn.proj.bias is missing"),
                           (dict(swiglu=False), "blocks.0.mlp.fc1.bias is missing"),
                           (dict(num_classes=4), "head.bias is (3,), not (4,)"),
                           (dict(colour=1), "the checkpoint's config is none of this model's"),
