@@ -126,14 +126,14 @@ def flag(name, value=None):
 
 
 def add_flags(parser, cls, skip=()):
-    """A flag for each field, its comment as the help. Only flags that were given appear in the result: where one was
-    not, the dataclass, the recipe or the rung has the value."""
+    """A flag for each field, its comment as the help. Only flags that were given appear in the result."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name not in skip:
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            default = f" (default: {field.default})" if cls in (Run, Machine) and field.default != "" else ""
             parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
-                                help=comments[field.name].replace("%", "%%"), **kind)
+                                help=comments[field.name].replace("%", "%%") + default, **kind)
 
 
 def pick(cls, values):
@@ -148,8 +148,8 @@ def parse_flags(argv=None):
     add_flags(parser, Machine)
     parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
                         help="go on with the run in a folder; without PATH: in --out, or the newest in out/")
-    add_flags(parser.add_argument_group("recipe"), Recipe)
-    add_flags(parser.add_argument_group("model"), Config, skip=["num_classes"] + [f.name for f in fields(Recipe)])
+    add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), Recipe)
+    add_flags(parser.add_argument_group("model (default: as --size and --step say)"), Config, skip=["num_classes"] + [f.name for f in fields(Recipe)])
     return vars(parser.parse_args(argv))
 
 
@@ -267,8 +267,9 @@ def main(argv=None):
         if machine.workers < 0:
             raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
         path = find_resume(given)
-        checkpoint = path and read_checkpoint(path, needs=("run", "recipe", "config", "classes", "train_images", "model",
-                                                           "optimizer", "scaler", "iteration", "best_acc1"))
+        checkpoint = path and read_checkpoint(path, needs=(
+            "run", "recipe", "config", "classes", "train_images", "model", "optimizer", "scaler", "iteration",
+            "best_acc1"))
         run, recipe, cfg = settle(given, checkpoint)
         rank, world, device, dtype = setup(machine.device, run.dtype)
         run = replace(run, dtype=str(dtype).removeprefix("torch."))

@@ -17,7 +17,7 @@ SMALL = "--size nano --depth 2 --img-size 16 --patch-size 8 --batch-size 8 --epo
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise with a hint of a colour that tells the class."""
+    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise with a hint of the class's colour."""
     root = tmp_path_factory.mktemp("photos")
     for split, count in (("train", 24), ("val", 11)):
         for i in range(count):
