@@ -1,7 +1,7 @@
 """Labelled pictures in, batches of bytes out.
 
     train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
-    images = Images(train, partial(crop_flip, size=32), seed=0)
+    images = Images(train, partial(train_transform, size=32), seed=0)
     order = TrainSampler(len(train), batch_size=128)
     for pictures, labels in loader(images, order, workers=2):  # uint8 (128, 3, 32, 32), int64 (128,)
         logits = model(normalize(pictures))
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
@@ -230,25 +231,128 @@ def eval_transform(image, rng, size):
         return fit(image, size)
     if size >= 384:
         return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
-    return TF.center_crop(enlarge(image, size), size)
+    return TF.center_crop(TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC), size)
 
 
-def enlarge(image, size):
-    """Resize so that a crop of `size` is 7/8 of the shorter side."""
-    return TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC)
+def train_transform(image, rng, size, augment=False):
+    """The published training transform: crop, flip half of the pictures, and with `augment` RandAugment."""
+    image = padded_crop(image, rng, size) if size <= 32 else resized_crop(image, rng, size)
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return rand_augment(image, rng) if augment else image
 
 
-def crop_flip(image, rng, size):
-    """Crop anywhere, flip half of the pictures. Up to 32 pixels a black border of an eighth makes room for the crop."""
-    image = ImageOps.expand(fit(image, size), size // 8) if size <= 32 else enlarge(image, size)
-    left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
-    image = image.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+def padded_crop(image, rng, size):
+    """A black border of an eighth, and a crop anywhere."""
+    pad = size // 8
+    image = ImageOps.expand(fit(image, size), pad)
+    left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)
+    return image.crop((left, top, left + size, top + size))
+
+
+def resized_crop(image, rng, size):
+    """Inception's crop: 8 to 100 % of the area, between 3:4 and 4:3, anywhere; resized to size x size.
+
+    After ten draws that do not fit, the middle of the picture, as much of it as those ratios allow.
+    """
+    W, H = image.size
+    for _ in range(10):
+        area, ratio = rng.uniform(0.08, 1) * W * H, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            left, top = rng.randint(0, W - w), rng.randint(0, H - h)
+            break
+    else:
+        w, h = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))
+        left, top = (W - w) // 2, (H - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
+
+
+def affine(image, *matrix):
+    """Pixel (x, y) comes from (a x + b y + c, d x + e y + f), bicubic; ImageNet's mean colour where that is outside."""
+    return image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=FILL)
+
+
+def enhanced(enhancer):
+    return lambda image, level, sign: enhancer(image).enhance(max(0.1, 1 + 0.9 * level * sign))
+
+
+FILL = tuple(round(255 * mean) for mean in MEAN)
+OPERATIONS = {  # RandAugment's, as functions of a picture, a level from 0 to 1 and a sign: timm 0.5.4's "increasing" set
+    "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "Invert": lambda image, level, sign: ImageOps.invert(image),
+    "Rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.BICUBIC, fillcolor=FILL),
+    "Posterize": lambda image, level, sign: image.point([v & (256 - (16 << int(4 * level))) for v in range(256)] * 3),
+    "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "SolarizeAdd": lambda image, level, sign: image.point(
+        [min(255, v + int(110 * level)) if v < 128 else v for v in range(256)] * 3),
+    "Color": enhanced(ImageEnhance.Color),
+    "Contrast": enhanced(ImageEnhance.Contrast),
+    "Brightness": enhanced(ImageEnhance.Brightness),
+    "Sharpness": enhanced(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level, sign: affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0),
+    "ShearY": lambda image, level, sign: affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0),
+    "TranslateX": lambda image, level, sign: affine(image, 1, 0, 0.45 * level * sign * image.width, 0, 1, 0),
+    "TranslateY": lambda image, level, sign: affine(image, 1, 0, 0, 0, 1, 0.45 * level * sign * image.height),
+}
+
+
+def rand_augment(image, rng):
+    """Two operations, each done with probability 1/2, near the top of its range: timm's rand-m9-mstd0.5-inc1."""
+    for operation in rng.choices(list(OPERATIONS.values()), k=2):
+        if rng.random() < 0.5:
+            level = min(max(rng.gauss(9, 0.5), 0), 10) / 10
+            image = operation(image, level, rng.choice((-1, 1)))
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms of a batch, on its device
 
 
 def normalize(images):
-    """Bytes to what the model takes, on their device: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
+    """Bytes to what the model takes: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
     return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
+def erase(images, rng, probability):
+    """Random erasing: in some images, one box of 2 to 33 % of the area becomes normal noise. Changes images in place."""
+    noise = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
+    H, W = images.shape[2:]
+    for image in images:
+        if rng.random() >= probability:
+            continue
+        for _ in range(10):
+            area, ratio = rng.uniform(0.02, 1 / 3) * H * W, math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < H and w < W:
+                top, left = rng.randint(0, H - h), rng.randint(0, W - w)
+                image[:, top: top + h, left: left + w].normal_(generator=noise)
+                break
+    return images
+
+
+def mix(images, labels, classes, rng, mixup, cutmix):
+    """Mixup or CutMix, an even chance where both are on, of each image with its opposite in the batch.
+
+    images (B, 3, H, W), labels (B,) -> images, and targets (B, classes): shares of the classes that sum to 1. mixup and
+    cutmix are the alphas of Beta(alpha, alpha), from which the share of the first image is drawn; 0 is off.
+    """
+    cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    share = rng.betavariate(cutmix, cutmix) if cut else rng.betavariate(mixup, mixup)
+    opposite, targets = images.flip(0), F.one_hot(labels, classes).float()
+    if cut:
+        H, W = images.shape[2:]
+        h, w = int(H * math.sqrt(1 - share)) // 2, int(W * math.sqrt(1 - share)) // 2
+        y, x = rng.randrange(H), rng.randrange(W)
+        box = ..., slice(max(0, y - h), min(H, y + h)), slice(max(0, x - w), min(W, x + w))
+        images = images.clone()
+        images[box] = opposite[box]
+        share = 1 - opposite[box][0, 0].numel() / (H * W)                        # what is left of it
+    else:
+        images = share * images + (1 - share) * opposite
+    return images, share * targets + (1 - share) * targets.flip(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,14 +440,17 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
     parser.add_argument("--split", default="train", choices=("train", "val"))
     parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as the published recipes do")
     parser.add_argument("--out", default="samples.png", help="where the picture goes")
     args = parser.parse_args()
-    transform = crop_flip if args.split == "train" else eval_transform
+    transform = partial(eval_transform, size=args.img_size)
+    if args.split == "train" or args.augment:
+        transform = partial(train_transform, size=args.img_size, augment=args.augment)
     try:
         if args.img_size < 1:
             raise ValueError(f"--img-size is {args.img_size}; it must be at least 1")
         source = open_data(args.data, args.split, args.img_size)
-        grid(Images(source, partial(transform, size=args.img_size)), source.classes).save(args.out)
+        grid(Images(source, transform), source.classes).save(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(source):,} pictures in {len(source.classes)} classes; a sample of them is in {args.out}")

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import time
 from contextlib import nullcontext, suppress
@@ -30,9 +31,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Images, EvalSampler, TrainSampler, crop_flip, eval_transform, loader, normalize, seed_of
+from data import (EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, seed_of,
+                  train_transform)
 from eval import Parser, default_workers, evaluate, explain, open_once, setup
-from model import Config, VisionTransformer, config, load_weights, read_checkpoint
+from model import STEPS, Config, VisionTransformer, config, load_weights, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Recipe:
     clip_grad: float             # largest norm of the gradient; 0 does not clip
     drop_path: float             # stochastic depth, in the last block; 0 in the first
     label_smoothing: float       # probability spread evenly over the classes
+    mixup: float                 # alpha of mixup's Beta distribution; 0 is off
+    cutmix: float                # alpha of CutMix's; with both on, each micro-batch takes one of them
+    erasing: float               # probability of random erasing
+    augment: bool                # RandAugment after crop and flip
     soft_mask_schedule: str      # constant (alpha stays 1) or linear (1 to 0), then 0
     soft_mask_epochs: int        # for so many epochs; 0 is causal from the start
 
@@ -59,17 +65,47 @@ class Recipe:
                 raise ValueError(f"{flag(name)} is {value}; it must be at least 1")
             if not isinstance(value, str) and not 0 <= value < math.inf:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from 0 on")
-        if self.label_smoothing >= 1:
-            raise ValueError(f"--label-smoothing is {self.label_smoothing}; it must be less than 1")
+            if name in ("label_smoothing", "erasing") and value > 1:
+                raise ValueError(f"{flag(name)} is {value}; it is a probability, at most 1")
         if self.soft_mask_schedule not in ("constant", "linear"):
             raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose constant or linear")
 
 
+SMALL_DATA = Recipe(  # pictures of about 32 pixels, minutes on a CPU
+    img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=256,
+    lr=7e-4, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0,
+    label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0, augment=False,
+    soft_mask_schedule="linear", soft_mask_epochs=1)
+
+# What the published runs have in common, and how the rungs of the published ladder below the last were trained.
+# Evidence: the released scripts or, where a comment says so, the launch scripts in their repository's first commit
+# (github.com/techmonsterwang/iLLaMA, d27201c). Learning rates, masks, decay and drop path also follow from the logs.
+# Micro-batches are those of 8 GPUs; others give the same run, but for which images are mixed.
+BASIC = Recipe(
+    img_size=224, patch_size=16, epochs=300, batch_size=4096, micro_batch=128,
+    lr=4e-3, min_lr=1e-6, warmup_epochs=50, weight_decay=0.05, clip_grad=0.0, drop_path=0.0,
+    label_smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25, augment=True,
+    soft_mask_schedule="constant", soft_mask_epochs=0)
+IN21K = replace(  # launch scripts l6 and l9, which leave mixup and cutmix at their defaults
+    BASIC, epochs=90, micro_batch=32, lr=1e-3, warmup_epochs=5, weight_decay=0.01, drop_path=0.1, soft_mask_epochs=30)
+TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12 and hft18; unmixed, as the logged training accuracy confirms
+    BASIC, epochs=30, batch_size=512, micro_batch=32, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
+TUNE_384 = replace(TUNE, img_size=384, micro_batch=16)
+
 RECIPES = {
-    "small-data": Recipe(  # pictures of about 32 pixels, minutes on a CPU
-        img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=256,
-        lr=7e-4, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0, label_smoothing=0.1,
-        soft_mask_schedule="linear", soft_mask_epochs=1),
+    "small-data": SMALL_DATA,
+    "basic": BASIC,
+    "tiny": replace(BASIC, warmup_epochs=5, mixup=0.1, cutmix=0.1, soft_mask_epochs=50),
+    "small": replace(BASIC, warmup_epochs=5, mixup=0.5, cutmix=0.5, drop_path=0.1,
+                     soft_mask_schedule="linear", soft_mask_epochs=50),
+    "base": replace(BASIC, mixup=0.95, drop_path=0.4, soft_mask_schedule="linear", soft_mask_epochs=25),
+    "base-384": replace(TUNE_384, lr=8e-5, drop_path=0.8, micro_batch=32),
+    "base-in21k": IN21K,
+    "large-in21k": IN21K,
+    "base-in21k-224": replace(TUNE, lr=8e-5, drop_path=0.2),
+    "base-in21k-384": replace(TUNE_384, lr=1.1e-4, drop_path=0.2),
+    "large-in21k-224": replace(TUNE, lr=6e-5, drop_path=0.3),
+    "large-in21k-384": replace(TUNE_384, lr=3.5e-5, drop_path=0.3),
 }
 
 
@@ -78,7 +114,7 @@ class Run:
     """What to train, on what, where."""
     size: str = "tiny"           # nano, tiny, small, base or large
     step: str = "soft_mask"      # rung of the ladder, see model.py
-    recipe: str = "small-data"   # how to train, see RECIPES
+    recipe: str = ""             # see RECIPES; default: small-data, for 1,000 class folders --size, or basic on low rungs
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
     seed: int = 0                # of weights, order and augmentation
     dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
@@ -149,7 +185,8 @@ def parse_flags(argv=None):
     parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
                         help="go on with the run in a folder; without PATH: in --out, or the newest in out/")
     add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), Recipe)
-    add_flags(parser.add_argument_group("model (default: as --size and --step say)"), Config, skip=["num_classes"] + [f.name for f in fields(Recipe)])
+    add_flags(parser.add_argument_group("model (default: as --size and --step say)"), Config,
+              skip=["num_classes"] + [field.name for field in fields(Recipe)])
     return vars(parser.parse_args(argv))
 
 
@@ -164,9 +201,15 @@ def settle(given, checkpoint):
                              "drop the flag, or start a new run")
         given = saved | given
     run = Run(**pick(Run, given))
+    run = replace(run, recipe=run.recipe or default_recipe(run))
     if run.recipe not in RECIPES:
         raise ValueError(f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
-    recipe = replace(RECIPES[run.recipe], **pick(Recipe, given))
+    recipe = RECIPES[run.recipe]
+    if run.recipe == "basic" and run.size in RECIPES:
+        recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # the one thing that it had by the size
+    recipe = replace(recipe, **pick(Recipe, given))
+    if run.dtype == "auto" and run.recipe != "small-data":
+        run = replace(run, dtype="float32")                               # as the published runs
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
     explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
     if explicit and checkpoint is None and not cfg.mask.startswith("soft"):
@@ -177,6 +220,17 @@ def settle(given, checkpoint):
 
 def plural(n, word, s="s"):
     return f"{n:,} {word}{'' if n == 1 else s}"
+
+
+def default_recipe(run):
+    train = Path(run.data, "train")
+    if not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
+        return "small-data"
+    name = run.size if run.step == list(STEPS)[-1] else "basic"
+    if name not in RECIPES:
+        raise ValueError(f"--size {run.size} has no recipe of its own for 1,000 classes; choose one with --recipe: "
+                         f"{', '.join(RECIPES)}")
+    return name
 
 
 def divide(recipe, world, strict):
@@ -190,6 +244,9 @@ def divide(recipe, world, strict):
         near = max(1, round(recipe.batch_size / world / micro)) * world * micro
         raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {plural(world, 'rank')} "
                          f"x --micro-batch {micro}; {near} is")
+    if micro % 2 and (recipe.mixup or recipe.cutmix):
+        raise ValueError(f"--micro-batch {micro} is odd, but mixup and cutmix pair the images of a micro-batch: "
+                         "make it even, or set both to 0")
     return micro, share // micro
 
 
@@ -294,8 +351,9 @@ def main(argv=None):
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed)
-    train_batches = loader(Images(train, partial(crop_flip, size=cfg.img_size), run.seed), sampler,
-                           machine.workers, pin_memory=device.type == "cuda")
+    transform = partial(train_transform, size=cfg.img_size, augment=recipe.augment)
+    train_batches = loader(Images(train, transform, run.seed), sampler, machine.workers,
+                           pin_memory=device.type == "cuda")
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
                          EvalSampler(len(val), micro_batch, rank, world), machine.workers)
     iterations_per_epoch = len(train) // recipe.batch_size
@@ -348,10 +406,15 @@ def main(argv=None):
             torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
             for micro in range(accumulate):
                 images, labels = (t.to(device, non_blocking=True) for t in next(batches))
+                rng, images = random.Random(f"{run.seed} {iteration} {rank} {micro}"), normalize(images)
+                if recipe.erasing:
+                    erase(images, rng, recipe.erasing)
+                if recipe.mixup or recipe.cutmix:
+                    images, labels = mix(images, labels, cfg.num_classes, rng, recipe.mixup, recipe.cutmix)
                 last = micro == accumulate - 1       # the ranks average their gradients once, after the last one
                 with nullcontext() if last or world == 1 else net.no_sync():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss = F.cross_entropy(net(normalize(images)), labels, label_smoothing=recipe.label_smoothing)
+                        loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
                     scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
             if recipe.clip_grad:

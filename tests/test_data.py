@@ -9,10 +9,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
-from data import (MEAN, STD, EvalSampler, Images, Shapes, TrainSampler, crop_flip, eval_transform, fit, loader,
-                  normalize, open_data)
+from data import (FILL, MEAN, OPERATIONS, STD, EvalSampler, Images, Shapes, TrainSampler, erase, eval_transform, fit,
+                  loader, mix, normalize, open_data, rand_augment, resized_crop, train_transform)
+
+
+BICUBIC = InterpolationMode.BICUBIC
 
 
 def pixels(image):
@@ -73,36 +79,225 @@ def test_a_linear_classifier_on_the_pixels_stays_under_40_percent():
 # Transforms
 
 
-def test_crop_flip_of_a_small_picture_is_a_window_on_it_with_a_black_border():
+def test_a_small_picture_is_cropped_with_a_black_border_and_flipped():
     image = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(32 * 32 * 3))
     bordered = pixels(ImageOps.expand(image, 4))
     places = {}                                                              # what each crop looks like: where it is
     for y, x in np.ndindex(9, 9):
         window = bordered[y: y + 32, x: x + 32]
         places |= {window.tobytes(): (y, x, False), window[:, ::-1].tobytes(): (y, x, True)}
-    seen = [places[pixels(crop_flip(image, random.Random(draw), 32)).tobytes()] for draw in range(1000)]
+    seen = [places[pixels(train_transform(image, random.Random(draw), 32)).tobytes()] for draw in range(1000)]
     assert {(y, x) for y, x, _ in seen} == set(np.ndindex(9, 9))             # every place, and half of them flipped
     assert 450 < sum(flipped for *_, flipped in seen) < 550
 
 
-def test_crop_flip_of_a_large_picture_is_a_window_on_what_evaluation_crops_too():
-    image = Image.frombytes("RGB", (70, 64), random.Random(0).randbytes(70 * 64 * 3))
-    crops = {crop_flip(image, random.Random(draw), 56).tobytes() for draw in range(5000)}
-    middle = eval_transform(image, None, 56)
-    assert middle.tobytes() in crops and ImageOps.mirror(middle).tobytes() in crops
-    assert len(crops) == 2 * 9 * 15 and all(len(crop) == 56 * 56 * 3 for crop in crops)      # of 70 x 64
+def noise(width, height, seed=0):
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
+
+
+def photo(width=96, height=96):
+    """Something with edges, gradients and all three colours."""
+    return Shapes("train", 96)[4][0].resize((width, height), Image.BICUBIC)
+
+
+def test_the_resized_crop_has_inceptions_areas_and_ratios(monkeypatch):
+    boxes, rng, image = [], random.Random(0), Image.new("RGB", (500, 375))
+    monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or Image.new("RGB", (2, 2)))
+    for _ in range(20_000):
+        resized_crop(image, rng, 2)
+    left, top, right, bottom = np.array(boxes).T
+    areas, ratios = (right - left) * (bottom - top) / (500 * 375), (right - left) / (bottom - top)
+    assert left.min() == top.min() == 0 and right.max() == 500 and bottom.max() == 375
+    assert 0.078 < areas.min() < 0.082 and areas.max() > 0.98 and 0.425 < areas.mean() < 0.440
+    assert 0.74 < ratios.min() < 0.76 and 1.32 < ratios.max() < 1.35
+
+
+def test_the_resized_crop_is_a_bicubic_resize_of_the_crop():
+    image, boxes, crop = noise(90, 70), [], Image.Image.crop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or crop(self, box))
+        out = resized_crop(image, random.Random(1), 48)
+    assert out == image.crop(boxes[0]).resize((48, 48), Image.BICUBIC)
+
+
+@pytest.mark.parametrize("width, height, box", [(1000, 3, (498, 0, 502, 3)), (3, 1000, (0, 498, 3, 502))])
+def test_a_very_long_picture_is_cropped_in_the_middle(width, height, box):
+    image = noise(width, height)
+    assert resized_crop(image, random.Random(0), 8) == image.crop(box).resize((8, 8), Image.BICUBIC)
+
+
+# What each operation of RandAugment is, by torchvision's functions and by formula.
+REFERENCES = {
+    "AutoContrast": lambda image, level, sign: TF.autocontrast(image),
+    "Equalize": lambda image, level, sign: TF.equalize(image),
+    "Invert": lambda image, level, sign: TF.invert(image),
+    "Rotate": lambda image, level, sign: TF.rotate(image, 30 * level * sign, BICUBIC, fill=FILL),
+    "Posterize": lambda image, level, sign: TF.posterize(image, 4 - int(4 * level)),
+    "Solarize": lambda image, level, sign: TF.solarize(image, 256 - int(256 * level)),
+    "SolarizeAdd": lambda image, level, sign: Image.fromarray(np.where(
+        np.array(image) < 128, np.minimum(np.array(image).astype(int) + int(110 * level), 255), image).astype(np.uint8)),
+    "Color": lambda image, level, sign: TF.adjust_saturation(image, max(0.1, 1 + 0.9 * level * sign)),
+    "Contrast": lambda image, level, sign: TF.adjust_contrast(image, max(0.1, 1 + 0.9 * level * sign)),
+    "Brightness": lambda image, level, sign: TF.adjust_brightness(image, max(0.1, 1 + 0.9 * level * sign)),
+    "Sharpness": lambda image, level, sign: TF.adjust_sharpness(image, max(0.1, 1 + 0.9 * level * sign)),
+    "ShearX": lambda image, level, sign: moved(image, shear=[math.degrees(math.atan(0.3 * level * sign)), 0]),
+    "ShearY": lambda image, level, sign: moved(image, shear=[0, math.degrees(math.atan(0.3 * level * sign))]),
+    "TranslateX": lambda image, level, sign: moved(image, translate=[-0.45 * level * sign * image.width, 0]),
+    "TranslateY": lambda image, level, sign: moved(image, translate=[0, -0.45 * level * sign * image.height]),
+}
+
+
+def moved(image, translate=(0, 0), shear=(0, 0)):
+    return TF.affine(image, 0, list(translate), 1, list(shear), BICUBIC, FILL, center=[0, 0])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("level", [0.74, 0.9, 0.95])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_what_its_definition_says(name, level, sign):
+    image = photo(80, 96)
+    out, expected = (np.array(f(image, level, sign)).astype(int) for f in (OPERATIONS[name], REFERENCES[name]))
+    off = np.abs(out - expected)
+    assert off.max() <= 1 and (off > 0).mean() < 1e-3                        # rounding of fractional moves
+    assert (out != np.array(image)).any()
+
+
+def test_posterising_to_no_bits_is_black():
+    assert OPERATIONS["Posterize"](photo(), 1.0, 1).getextrema() == ((0, 0),) * 3
+
+
+def test_rand_augment_draws_two_of_fifteen_and_does_each_half_of_the_time(monkeypatch):
+    done = []
+    for name in OPERATIONS:
+        monkeypatch.setitem(OPERATIONS, name, lambda _, level, sign, name=name: done.append((name, level, sign)))
+    rng, counts = random.Random(0), []
+    for _ in range(20_000):
+        before = len(done)
+        rand_augment(None, rng)
+        counts.append(len(done) - before)
+    shares = np.bincount(counts) / len(counts)
+    assert np.abs(shares - [0.25, 0.5, 0.25]).max() < 0.01
+    names, levels, signs = zip(*done)
+    frequency = np.array([names.count(name) for name in OPERATIONS]) / len(names)
+    assert len(OPERATIONS) == 15 and np.abs(frequency - 1 / 15).max() < 0.006
+    assert abs(np.mean(levels) - 0.8996) < 0.002 and abs(np.mean(np.array(levels) == 1) - 0.0228) < 0.004
+    assert abs(np.mean(signs)) < 0.02
+
+
+def test_rand_augment_is_a_function_of_its_generator():
+    image = photo()
+    outs = [rand_augment(image, random.Random(seed)).tobytes() for seed in (*range(40), *range(40))]
+    assert outs[:40] == outs[40:] and len(set(outs)) > 20
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_augmentation_comes_after_crop_and_flip_and_only_if_asked_for(size, monkeypatch):
+    monkeypatch.setattr("data.rand_augment", lambda image, rng: ImageOps.invert(image))
+    plain = train_transform(photo(), random.Random(3), size)
+    assert train_transform(photo(), random.Random(3), size, augment=True) == ImageOps.invert(plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_erasing_fills_boxes_with_normal_noise():
+    images = torch.full((4000, 3, 32, 32), 7.0)
+    out = erase(images, random.Random(0), 0.25)
+    erased = (out != 7).all(1)                                               # B, H, W: in all channels
+    assert (out[:, :, :, :] != 7).sum() == 3 * erased.sum()
+    shares = erased.float().mean((1, 2))
+    assert abs((shares > 0).float().mean() - 0.25) < 0.02 and abs(shares[shares > 0].mean() - 0.176) < 0.01
+    assert 0.015 < shares[shares > 0].min() and shares.max() < 0.36
+    for mask in erased[shares > 0][:50]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert mask[rows.min(): rows.max() + 1, columns.min(): columns.max() + 1].all()      # one whole box
+    values = out.permute(0, 2, 3, 1)[erased]                                 # pixels, 3
+    assert values.mean().abs() < 0.01 and abs(values.std() - 1) < 0.01
+    assert values.T.corrcoef()[0, 1].abs() < 0.01                            # each channel on its own
+
+
+def test_erasing_and_mixing_are_functions_of_their_generator():
+    def once():
+        rng, images = random.Random("a"), torch.ones(8, 3, 16, 16)
+        return mix(erase(images, rng, 0.5), torch.arange(8), 8, rng, 0.8, 1.0)
+    for one, other in zip(once(), once()):
+        assert torch.equal(one, other)
+
+
+def draws(mixup, cutmix, count, size=224):
+    """The share of the first image of a pair, `count` times; and the batches."""
+    rng, labels = random.Random(0), torch.tensor([0, 1])
+    images = torch.stack([torch.zeros(1, size, size), torch.ones(1, size, size)])
+    for _ in range(count):
+        mixed, targets = mix(images, labels, 2, rng, mixup, cutmix)
+        yield targets[0, 0].item(), mixed, targets
+
+
+@pytest.mark.parametrize("alpha, mean, below, none", [(0.1, 0.712, 0.518, 0.197), (0.5, 0.692, 0.567, 0.0057),
+                                                      (1.0, 0.682, 0.602, 0.0001)])
+def test_cutmix_pastes_a_box_and_counts_its_area(alpha, mean, below, none):
+    shares = []
+    for share, mixed, targets in draws(0, alpha, 3000):
+        assert mixed[0].mean().item() == pytest.approx(1 - share, abs=1e-6)  # the other image's pixels, counted
+        assert torch.equal(mixed[1], 1 - mixed[0]) and targets[1, 1].item() == pytest.approx(share)
+        shares.append(share)
+    shares = np.array(shares)                                                # the published code's figures
+    assert abs(shares.mean() - mean) < 0.02 and abs((shares < 0.75).mean() - below) < 0.03
+    assert abs((shares == 1).mean() - none) < 0.025
+
+
+@pytest.mark.parametrize("alpha, minor", [(0.1, 0.058), (0.5, 0.182), (1.0, 0.250)])
+def test_mixup_adds_opposite_images_and_labels(alpha, minor):
+    shares = []
+    for share, mixed, targets in draws(alpha, 0, 5000, size=1):
+        assert mixed.flatten().tolist() == pytest.approx([1 - share, share], abs=1e-6)
+        shares.append(min(share, 1 - share))
+    assert abs(np.mean(shares) - minor) < 0.01
+
+
+def test_each_batch_takes_mixup_or_cutmix_with_even_chances():
+    pasted = [set(mixed.unique().tolist()) <= {0, 1} for _, mixed, _ in draws(0.8, 1.0, 2000, size=16)]
+    assert 0.47 < np.mean(pasted) < 0.53
+
+
+def test_the_partner_is_the_opposite_of_the_batch():
+    images, labels = torch.arange(6.0).view(6, 1, 1, 1), torch.arange(6)
+    mixed, targets = mix(images, labels, 6, random.Random(1), 1.0, 0)
+    share = targets[0, 0].item()
+    assert 0 < share < 1 and torch.allclose(mixed.flatten(), share * labels + (1 - share) * labels.flip(0))
+    for i in range(6):
+        assert targets[i, i].item() == pytest.approx(share) and targets[i, 5 - i].item() == pytest.approx(1 - share)
+
+
+def test_smoothing_mixed_targets_in_the_loss_is_smoothing_each_label_first():
+    logits, labels, share = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)), torch.arange(4), 0.3
+    hard = F.one_hot(labels, 10).float()
+    smooth = hard * 0.9 + 0.1 / 10                                           # as published
+    target = share * smooth + (1 - share) * smooth.flip(0)
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    mixed = share * hard + (1 - share) * hard.flip(0)
+    torch.testing.assert_close(F.cross_entropy(logits, mixed, label_smoothing=0.1), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @pytest.mark.parametrize("size", [32, 224, 384])
-def test_evaluation_crops_by_the_size(size):
-    image = Image.frombytes("RGB", (301, 203), random.Random(0).randbytes(301 * 203 * 3))
-    if size == 32:
-        expected = image.resize((int(32 * 301 / 203), 32), Image.BICUBIC).crop((8, 0, 40, 32))
-    elif size == 224:
-        expected = image.resize((int(256 * 301 / 203), 256), Image.BICUBIC).crop((78, 16, 302, 240))
+@pytest.mark.parametrize("width, height", [(500, 375), (301, 203), (97, 640), (40, 33)])
+def test_evaluation_is_the_published_one_written_with_pil_alone(size, width, height):
+    image = photo(width, height)
+    short = size if size <= 32 else int(size / (224 / 256))
+    if size >= 384:
+        expected = image.resize((size, size), Image.BICUBIC)
     else:
-        expected = image.resize((384, 384), Image.BICUBIC)
-    assert np.array_equal(pixels(eval_transform(image, None, size)), pixels(expected))
+        w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        left, top = int(round((w - size) / 2)), int(round((h - size) / 2))
+        expected = image.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
+    expected = (pixels(expected) - MEAN) / STD                               # H, W, 3
+    out = normalize(TF.pil_to_tensor(eval_transform(image, None, size))[None])[0].permute(1, 2, 0)
+    assert np.abs(out.numpy() - expected).max() < 1e-6
 
 
 def test_a_picture_of_the_right_size_is_left_alone():
@@ -163,8 +358,8 @@ def test_evaluation_takes_each_picture_once(images, world):
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
     source = Shapes("train", 32)
-    images = Images(source, partial(crop_flip, size=32), seed=1)
-    again = Images(source, partial(crop_flip, size=32), seed=1)
+    images = Images(source, partial(train_transform, size=32), seed=1)
+    again = Images(source, partial(train_transform, size=32), seed=1)
     assert torch.equal(images[2, 5][0], again[2, 5][0])
     draws = {images[epoch, 5][0].numpy().tobytes() for epoch in range(20)}
     assert len(draws) > 15
@@ -174,7 +369,7 @@ def test_workers_change_nothing():
     source, batches = Shapes("train", 16), []
     for workers in (0, 2):
         sampler = TrainSampler(40, 8, seed=1)
-        batches.append(list(loader(Images(source, partial(crop_flip, size=16)), sampler, workers)))
+        batches.append(list(loader(Images(source, partial(train_transform, size=16)), sampler, workers)))
     for (one, one_labels), (two, two_labels) in zip(*batches, strict=True):
         assert torch.equal(one, two) and torch.equal(one_labels, two_labels)
         assert one.dtype == torch.uint8

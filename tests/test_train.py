@@ -1,5 +1,6 @@
 """What is true of training: one property a test."""
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import train
 from conftest import ROOT, SMALL, refused, torchrun
+from data import erase, mix
 from model import STEPS, VisionTransformer, config
 from train import RECIPES, lr_at, make_optimizer, soft_mask_at
 
@@ -61,6 +63,87 @@ def test_the_soft_mask_falls_from_1_to_0_or_stays_at_1_and_is_0_afterwards():
     constant = [soft_mask_at(i, replace(RECIPE, soft_mask_schedule="constant"), 100) for i in range(1000)]
     assert constant == [1.0] * 300 + [0.0] * 700
     assert soft_mask_at(0, replace(RECIPE, soft_mask_epochs=0), 100) == 0
+
+
+# Means over an epoch as the published logs have them: recipe: {epoch: learning rate}, {epoch: soft mask}.
+LOGGED = {
+    "tiny": ({0: 0.0003989737010904423, 1: 0.0011994868505452213, 4: 0.003601026298909562, 5: 0.003999962387459458,
+              24: 0.003957038701434948, 49: 0.003779651625448557, 50: 0.0037698337174944005,
+              150: 0.0020431179124244117, 299: 1.0379759434612073e-06}, {0: 1, 49: 1, 50: 0, 299: 0}),
+    "small": ({0: 0.0003989737010904423, 5: 0.003999962387459458, 150: 0.0020431179124244117},
+              {0: 0.9900314122700176, 1: 0.9700301301365466, 4: 0.9100262837361381, 5: 0.8900250016026673,
+               24: 0.5100006410667346, 25: 0.4899993589332656, 49: 0.009968587729982704, 50: 0}),
+    "base": ({0: 3.987435091993077e-05, 1: 0.00011987947945381105, 4: 0.0003598948650554526, 24: 0.001959997435733062,
+              25: 0.0020400025642669404, 49: 0.003960125649080073, 50: 0.003999947628414735, 150: 0.00260645340790698,
+              299: 1.0528775856391834e-06},
+             {0: 0.9800615463520972, 1: 0.940056417489422, 4: 0.8200410309013976, 5: 0.7800359020387229,
+              24: 0.019938453647903486, 25: 0}),
+    "base-in21k": ({0: 9.997036817541856e-05, 1: 0.00029998518408770293, 4: 0.0009000296318245609,
+                    5: 0.000999886348500017, 25: 0.0008633352670056172, 49: 0.00046361617142508477,
+                    89: 1.1137778438795923e-06}, {0: 1, 29: 1, 30: 0}),
+    "large-in21k": ({0: 9.997036817541856e-05, 24: 0.0008757711743865591, 50: 0.0004452355288696278}, {29: 1, 30: 0}),
+    "base-384": ({0: 7.992788848282348e-05, 1: 7.949599477065516e-05, 29: 1.0721980020418422e-06}, {0: 0}),
+    "base-in21k-224": ({0: 7.992788848282348e-05, 24: 7.388097317251548e-06}, {0: 0}),
+    "base-in21k-384": ({0: 0.00010990050436237771, 5: 0.00010118728473191276, 29: 1.0996149648425372e-06}, {0: 0}),
+    "large-in21k-224": ({0: 5.99461445631214e-05, 5: 5.522981467140261e-05, 29: 1.053920026841383e-06}, {0: 0}),
+    "large-in21k-384": ({0: 3.496896466349359e-05, 25: 2.8599706921353547e-06, 29: 1.0310725578407872e-06}, {0: 0}),
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_the_schedules_are_those_of_the_published_logs(name):
+    recipe, (lrs, alphas) = RECIPES[name], LOGGED[name]
+    iterations = (11_060_223 if name.endswith("in21k") else 1_281_167) // recipe.batch_size
+
+    def mean(schedule, epoch):
+        return math.fsum(schedule(epoch * iterations + i, recipe, iterations) for i in range(iterations)) / iterations
+    for epoch, lr in lrs.items():
+        assert mean(lr_at, epoch) == pytest.approx(lr, rel=1e-9, abs=0)
+    for epoch, alpha in alphas.items():
+        assert mean(soft_mask_at, epoch) == pytest.approx(alpha, abs=1e-9)
+
+
+def test_there_is_a_recipe_for_each_published_run():
+    assert list(RECIPES) == ["small-data", "basic", "tiny", "small", "base", "base-384", "base-in21k", "large-in21k",
+                             "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384"]
+    published = [(r.img_size, r.epochs, r.batch_size, r.lr, r.weight_decay, r.drop_path, r.mixup, r.cutmix)
+                 for r in RECIPES.values()][1:]
+    assert published == [
+        (224, 300, 4096, 4e-3, .05, 0, .8, 1), (224, 300, 4096, 4e-3, .05, 0, .1, .1),
+        (224, 300, 4096, 4e-3, .05, .1, .5, .5), (224, 300, 4096, 4e-3, .05, .4, .95, 1),
+        (384, 30, 512, 8e-5, 1e-8, .8, 0, 0),
+        (224, 90, 4096, 1e-3, .01, .1, .8, 1), (224, 90, 4096, 1e-3, .01, .1, .8, 1),
+        (224, 30, 512, 8e-5, 1e-8, .2, 0, 0), (384, 30, 512, 1.1e-4, 1e-8, .2, 0, 0),
+        (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0)]
+    for recipe in list(RECIPES.values())[1:]:
+        assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
+        assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.divide(recipe, 8, strict=True)
+
+
+@pytest.mark.parametrize("flags, name, drop_path, dtype", [
+    ([], "tiny", 0, "float32"), (["--size", "base"], "base", 0.4, "float32"), (["--step", "vit"], "basic", 0, "float32"),
+    (["--step", "vit", "--size", "small"], "basic", 0.1, "float32"),
+    (["--step", "abs_pos", "--size", "base", "--drop-path", "0.2"], "basic", 0.2, "float32"),
+    (["--recipe", "small-data"], "small-data", 0, "auto"), (["--dtype", "bfloat16"], "tiny", 0, "bfloat16"),
+    (["--size", "large", "--recipe", "large-in21k-384"], "large-in21k-384", 0.3, "float32")])
+def test_a_folder_of_1000_classes_has_the_sizes_own_recipe(flags, name, drop_path, dtype, thousand):
+    run, recipe, cfg = train.settle(train.parse_flags(["--data", str(thousand), *flags]), None)
+    assert (run.recipe, recipe.drop_path, cfg.drop_path, run.dtype) == (name, drop_path, drop_path, dtype)
+    assert cfg.img_size == recipe.img_size
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory):
+    """A folder with 1,000 class folders."""
+    root = tmp_path_factory.mktemp("thousand")
+    for i in range(1000):
+        (root / "train" / f"n{i:08}").mkdir(parents=True)
+    return root
+
+
+def test_a_size_without_a_recipe_for_1000_classes_says_so(thousand, capsys):
+    said = refused(train, ["--data", thousand, "--size", "large"], capsys)
+    assert "--size large has no recipe of its own for 1,000 classes; choose one with --recipe: small-data, basic" in said
 
 
 def test_norms_biases_positions_and_class_token_do_not_decay():
@@ -137,6 +220,19 @@ def test_the_same_command_gives_the_same_run_with_any_number_of_workers(photos, 
 def test_another_seed_gives_another_run(photos, finished, tmp_path):
     other = run(photos, tmp_path / "run", "--seed", 1)
     assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) > 0.01
+
+
+def test_the_published_augmentation_reaches_the_model_and_resumes(photos, monkeypatch, tmp_path):
+    flags = ["--augment", "--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1, "--img-size", 48]
+    monkeypatch.setattr(train, "erase", lambda images, rng, p: erased.append((p, rng.random())) or erase(images, rng, p))
+    monkeypatch.setattr(train, "mix", lambda *args: mixed.append(args[2:3] + args[4:]) or mix(*args))
+    erased, mixed = [], []
+    alone = run(photos, tmp_path / "alone", *flags)
+    assert [p for p, _ in erased] == 6 * [0.5] and mixed == 6 * [(3, 0.8, 1)]
+    assert len({draw for _, draw in erased}) == 6                            # each iteration has draws of its own
+    stopped(photos, tmp_path / "run", monkeypatch, *flags)
+    train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert equal(torch.load(tmp_path / "run" / "last.pt", weights_only=True), alone)
 
 
 @pytest.fixture
@@ -348,14 +444,14 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
 @pytest.mark.parametrize("flags, said", [
     (["--size", "huge"], "unknown size 'huge'; choose one of nano, tiny, small, base, large"),
     (["--step", "moe"], "unknown step 'moe'; choose one of vit, swiglu, rmsnorm"),
-    (["--recipe", "fast"], "unknown --recipe 'fast'; choose one of small-data"),
+    (["--recipe", "fast"], "unknown --recipe 'fast'; choose one of small-data, basic, tiny, small, base"),
     (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100 nor a folder"),
     (["--mask", "hard"], "unknown mask 'hard'; choose one of none, causal"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
-    (["--label-smoothing", "1"], "--label-smoothing is 1.0; it must be less than 1"),
+    (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
     (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
     (["--soft-mask-schedule", "cosine"], "unknown --soft-mask-schedule 'cosine'; choose constant or linear"),
     (["--colour", "red"], "unrecognized arguments: --colour red; --help lists the flags"),
@@ -365,8 +461,10 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--dtype", "float16"], "--dtype float16 needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
     (["--workers", "-1"], "--workers is -1; it must be at least 0"),
     (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8; 16 is"),
-    (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but the mask of this model"),
+    (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but the mask of this"),
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
+    (["--batch-size", "6", "--micro-batch", "3", "--mixup", "0.1"], "--micro-batch 3 is odd, but mixup and cutmix pair"),
+    (["--erasing", "1.5"], "--erasing is 1.5; it is a probability, at most 1"),
     (["--batch-size", "32"], "has 24 training pictures, less than one --batch-size 32: make it smaller"),
     (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
 ])
