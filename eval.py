@@ -3,6 +3,7 @@
     python eval.py out/tiny-soft_mask-shapes-1/best.pt                       # on the data that it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/best.pt --data PATH --json    # on PATH/val, as one line of JSON
     python eval.py out/tiny-soft_mask-shapes-1/best.pt --image cat.jpg       # its five most likely classes
+    python eval.py illama-tiny-in1k-75.0 --data PATH                         # the published weights
     torchrun --nproc_per_node=8 eval.py ...                                  # the same numbers, sooner
 
 A checkpoint knows its model, its classes and its soft mask, so no flags say them again.
@@ -13,15 +14,17 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 from data import EvalSampler, Images, eval_transform, loader, normalize, open_data
-from model import Config, VisionTransformer, load_weights, read_checkpoint
+from model import Config, VisionTransformer, config_of, load_weights, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices, shared with train.py
@@ -82,13 +85,13 @@ def setup(device="auto", dtype="auto"):
     return rank, world, torch.device(device), getattr(torch, dtype)
 
 
-def open_once(data, *args, **kwargs):
-    """open_data, first in one process of each machine, so that a download happens once."""
+def in_turn(function, *args, **kwargs):
+    """Call a function in the first process of each machine, then in the others: so it downloads once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()
     try:
-        return open_data(data, *args, **kwargs)
+        return function(*args, **kwargs)
     finally:   # after an error too: then the others meet it as well, and all end
         if dist.is_initialized() and first:
             dist.barrier()
@@ -128,8 +131,26 @@ def evaluate(model, batches, device, dtype=torch.float32):
                 images=int(images), time_images_per_s=images / (time.time() - start))
 
 
+def open_checkpoint(source):
+    """A checkpoint of train.py as it is; published weights, which are nothing else, as train.py would have saved them."""
+    checkpoint = read_checkpoint(source)
+    if "config" in checkpoint:
+        return require(checkpoint, ("model", "classes", "alpha", "run"), source)
+    state = weights_of(checkpoint)
+    return dict(config=asdict(config_of(state, source)), model=state, classes=None, alpha=0.0, run=dict(dtype="float32"))
+
+
+def require(checkpoint, keys, name):
+    """The checkpoint, if it has the keys; a ValueError with its `name` if not."""
+    missing = [key for key in keys if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
+                         "(--resume takes a run's last.pt)")
+    return checkpoint
+
+
 def build(checkpoint):
-    """The model in a checkpoint of train.py, with its weights and its soft mask."""
+    """The model of a checkpoint, with its weights and its soft mask."""
     try:
         cfg = Config(**checkpoint["config"])
     except TypeError as error:
@@ -156,7 +177,7 @@ def classify(model, path, transform, classes, device, dtype):
 
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
-    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a run, a file of published weights, or a name of one")
     parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the run's own")
     parser.add_argument("--image", help="name the five most likely classes of this picture instead")
     parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's: 1 bidirectional, 0 causal")
@@ -173,7 +194,9 @@ def main(argv=None):
         if args.image and args.data:
             raise ValueError("--image looks at one picture and --data at many: drop one of them")
         rank, world, device, dtype = setup(args.device, args.dtype)
-        checkpoint = read_checkpoint(args.checkpoint, needs=("config", "model", "classes", "alpha", "run"))
+        checkpoint = in_turn(open_checkpoint, args.checkpoint)
+        if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
+            dtype = torch.float32                            # as it was trained
         model = build(checkpoint).to(device).eval()
         alpha = checkpoint["alpha"]
         if args.soft_mask is not None:
@@ -182,12 +205,20 @@ def main(argv=None):
         classes, size = checkpoint["classes"], model.cfg.img_size
         transform = partial(eval_transform, size=size)
         if args.image:
+            if classes is None and model.cfg.num_classes == 1000:
+                classes = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
             likely = classify(model, args.image, transform, classes, device, dtype)
             lines = [f"{100 * p:5.1f} %  {name}" for name, p in likely.items()]
             if rank == 0:
                 print(json.dumps(likely) if args.json else "\n".join(lines))
             return
-        source = open_once(args.data or checkpoint["run"]["data"], "val", size, classes)
+        data = args.data or checkpoint["run"].get("data")
+        if data is None:
+            raise ValueError(f"{args.checkpoint} does not say what it was trained on: give --data or --image")
+        source = in_turn(open_data, data, "val", size, classes)
+        if len(source.classes) != model.cfg.num_classes:
+            raise ValueError(f"--data {data} has {len(source.classes)} classes, but the model knows "
+                             f"{model.cfg.num_classes}: use the data that it was trained on")
 
     batches = loader(Images(source, transform), EvalSampler(len(source), args.batch_size, rank, world), args.workers)
     result = evaluate(model, batches, device, dtype)

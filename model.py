@@ -15,8 +15,10 @@ Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h hea
 [4] LLaMA, arXiv 2302.13971     [5] SwiGLU, arXiv 2002.05202     [6] RMSNorm, arXiv 1910.07467
 [7] RoPE, arXiv 2104.09864      [8] stochastic depth, arXiv 1603.09382
 """
+import argparse
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -354,39 +356,71 @@ def init_weights(module):
             nn.init.zeros_(module.bias)
 
 
-def read_checkpoint(path, needs=()):
-    """The dict in a file. Weights and plain types only: a pickle that would run code is refused.
+PUBLISHED = (  # the authors' weights, by the names of their files
+    "illama-tiny-in1k-75.0", "illama-small-in1k-79.9", "illama-base-in1k-81.6", "illama-base-in1k-384-83.0",
+    "illama-base-in21kin1k-224-83.6", "illama-base-in21kin1k-384-85.0",
+    "illama-large-in21kin1k-224-84.8", "illama-large-in21kin1k-384-86.0")
+PUBLISHED_URL = "https://huggingface.co/techmonsterwang/iLLaMA/resolve/main"
 
-    ValueError if the file is not readable, or lacks one of the keys that the caller `needs`.
+
+def fetch(name):
+    """The file of published weights, downloaded once into torch.hub's folder. ValueError if that fails."""
+    file = Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth")
+    if not file.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(file), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise ValueError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({error}): connect to a "
+                             "network, or give the path of the file") from error
+    return file
+
+
+def read_checkpoint(source):
+    """The dict in a file, by its path or published name. Only weights and plain types are read: a pickle that would run
+    code is refused. ValueError if there is nothing to read.
     """
+    path = fetch(source) if str(source) in PUBLISHED else source
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: check the path")
+        raise ValueError(f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):       # published files hold one, beside the weights
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
         raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types "
                          f"({str(error).splitlines()[0]}): use another file") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
-    missing = [key for key in needs if key not in checkpoint]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
-                         "(--resume takes a run's last.pt)")
     return checkpoint
 
 
+def weights_of(checkpoint):
+    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("what should be weights is not a dict of tensors: use another file")
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+
+
+def config_of(state, name):
+    """The Config of published weights, from their shapes alone. ValueError with their `name` if they are none."""
+    try:
+        shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
+        size = next(name for name, sizes in SIZES.items() if (sizes["width"], sizes["depth"]) == shape)
+        patch_size, grid = state["patch_embed.proj.weight"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
+        return config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))
+    except (KeyError, StopIteration) as error:
+        raise ValueError(f"{name} is neither a checkpoint that train.py wrote nor published iLLaMA weights: "
+                         "use another file") from error
+
+
 def load_weights(model, source, new_head=False):
-    """Load a checkpoint's path, or a state dict, into the model. Returns sentences about what had to be adapted.
+    """Load a checkpoint's path, a published name or a state dict. Returns sentences about what had to be adapted.
 
     Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where
     `new_head` is set: of another number of classes, it keeps the model's fresh weights. ValueError lists what is wrong.
     """
-    state = source if isinstance(source, dict) else read_checkpoint(source)
-    state = state.get("model", state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError("what should be weights is not a dict of tensors: use another file")
-    wrappers = r"^((module|_orig_mod)\.)+"                           # DDP's and torch.compile's
-    state = {re.sub(wrappers, "", name): value for name, value in state.items()}
+    state = weights_of(source if isinstance(source, dict) else read_checkpoint(source))
     own, notes = model.state_dict(), []
 
     pos, own_pos = state.get("pos_embed"), own.get("pos_embed")

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, seed_of,
-                  train_transform)
-from eval import Parser, default_workers, evaluate, explain, open_once, setup
+from data import (BUILT_IN, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
+                  seed_of, train_transform)
+from eval import Parser, default_workers, evaluate, explain, in_turn, require, setup
 from model import STEPS, Config, VisionTransformer, config, load_weights, read_checkpoint
 
 
@@ -116,6 +116,7 @@ class Run:
     step: str = "soft_mask"      # rung of the ladder, see model.py
     recipe: str = ""             # see RECIPES; default: small-data, for 1,000 class folders --size, or basic on low rungs
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
+    init_from: str = ""          # checkpoint or name of published weights to start from; a head of other classes is new
     seed: int = 0                # of weights, order and augmentation
     dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
 
@@ -233,6 +234,18 @@ def default_recipe(run):
     return name
 
 
+def check_classes(run, classes, chosen):
+    """Folders that are nearly ImageNet, and ImageNet's recipes from scratch on something else, are mistakes."""
+    if run.data in BUILT_IN or run.init_from or classes == 1000 or run.recipe.endswith("-in21k"):
+        return
+    if run.recipe != "small-data":
+        raise ValueError(f"--recipe {run.recipe} is for ImageNet's 1,000 classes, but {run.data}/train has {classes} class "
+                         "folders: complete them, give --init-from to fine-tune, or choose --recipe small-data")
+    if 900 < classes < 1100 and not chosen:
+        raise ValueError(f"{run.data}/train has {classes} class folders, nearly ImageNet's 1,000: complete them, "
+                         "or choose a --recipe")
+
+
 def divide(recipe, world, strict):
     """Images a forward pass, and forward passes an iteration, on each rank. Unless `strict`, a recipe's micro-batch is
     the most that it may be."""
@@ -324,15 +337,16 @@ def main(argv=None):
         if machine.workers < 0:
             raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
         path = find_resume(given)
-        checkpoint = path and read_checkpoint(path, needs=(
+        checkpoint = path and require(read_checkpoint(path), (
             "run", "recipe", "config", "classes", "train_images", "model", "optimizer", "scaler", "iteration",
-            "best_acc1"))
+            "best_acc1"), path)
         run, recipe, cfg = settle(given, checkpoint)
         rank, world, device, dtype = setup(machine.device, run.dtype)
         run = replace(run, dtype=str(dtype).removeprefix("torch."))
         micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
-        train = open_once(run.data, "train", cfg.img_size, checkpoint and checkpoint["classes"])
-        val = open_once(run.data, "val", cfg.img_size, train.classes)
+        train = in_turn(open_data, run.data, "train", cfg.img_size, checkpoint and checkpoint["classes"])
+        val = in_turn(open_data, run.data, "val", cfg.img_size, train.classes)
+        check_classes(run, len(train.classes), "recipe" in given)
         if len(train) < recipe.batch_size:
             raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
                              f"{recipe.batch_size}: make it smaller")
@@ -342,8 +356,11 @@ def main(argv=None):
         cfg = replace(cfg, num_classes=len(train.classes))
         torch.manual_seed(seed_of("weights", run.seed))
         model = VisionTransformer(cfg).to(device)
+        notes = []
         if checkpoint:
             load_weights(model, checkpoint)
+        elif run.init_from:
+            notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
         folder = path and path.parent
         if not path and (rank == 0 or machine.out):
             name = f"{run.size}-{run.step}-{Path(run.data).name}"
@@ -382,6 +399,8 @@ def main(argv=None):
         f"of {plural(iterations_per_epoch, 'iteration')}")
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     say(f"device  {device.type}{threads}, {run.dtype}{', compiled' if machine.compile else ''}")
+    if run.init_from and not checkpoint:
+        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
     settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
                     train_images=len(train))
     if rank == 0:

@@ -3,7 +3,8 @@
     python results/report.py            # write the tables into README.md
     python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
 
-NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it.
+NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the
+authors' logs whose weights are published.
 """
 import argparse
 import inspect
@@ -62,6 +63,14 @@ def ladder_table():
     return "\n".join(lines)
 
 
+def published_table():
+    lines = ["| weights | parameters | epoch | top-1 | top-5 | loss |", "|---|--:|--:|--:|--:|--:|"]
+    for row in rows("published"):
+        lines.append(f"| `{row['weights']}` | {row['n_parameters']:,} | {row['epoch']} | {row['published_acc1']:.3f} % "
+                     f"| {row['published_acc5']:.3f} % | {row['published_loss']:.4f} |")
+    return "\n".join(lines)
+
+
 def rows(name):
     return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
 
@@ -87,7 +96,7 @@ of size T and for iLLaMA-S; the published parameter counts, to the digit, for al
 
 def written(readme):
     """The README's text with each part between its two marks made anew."""
-    for mark, table in (("claim", claim()), ("ladder", ladder_table()), ("runs", runs_table())):
+    for mark, table in (("claim", claim()), ("ladder", ladder_table()), ("runs", runs_table()), ("published", published_table())):
         before, after = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{table}\n{after[after.index('<!-- end -->'):]}"
     return readme

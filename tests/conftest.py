@@ -1,6 +1,7 @@
 """What several test files need: a small folder of pictures, and a run on it."""
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def thousand(tmp_path_factory):
+    """A folder with 1,000 class folders."""
+    root = tmp_path_factory.mktemp("thousand")
+    for i in range(1000):
+        (root / "train" / f"n{i:08}").mkdir(parents=True)
+    return root
+
+
+@pytest.fixture(scope="session")
 def finished(photos, tmp_path_factory):
     """The folder of a finished run on `photos`."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
@@ -41,11 +51,21 @@ def finished(photos, tmp_path_factory):
     return folder
 
 
-def torchrun(ranks, *command):
-    """Run a program of ours in several processes on the CPU."""
+def torchrun(ranks, *command, machines=1):
+    """Run a program of ours in several processes on the CPU, by one launcher for each machine that is played.
+
+    Returns the first launcher's exit code, and what all wrote to stdout and to stderr.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={ranks // machines}",
+                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           *map(str, command), "--device", "cpu"], capture_output=True, text=True, env=environment)
+    running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
+    out, err = zip(*(process.communicate() for process in running))
+    return running[0].returncode, "".join(out), "".join(err)
 
 
 def refused(program, argv, capsys):

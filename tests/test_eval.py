@@ -1,6 +1,8 @@
 """What is true of evaluation: one property a test."""
+import argparse
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,9 +67,10 @@ def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
 def test_every_picture_counts_once_on_one_two_and_three_ranks(finished):
     results = []
     for ranks in (1, 2, 3):
-        command = torchrun(ranks, ROOT / "eval.py", finished / "best.pt", "--json", "--workers", 0, "--batch-size", 3)
-        assert command.returncode == 0, command.stderr
-        results.append(json.loads(command.stdout))                           # one line, whatever the ranks
+        flags = [finished / "best.pt", "--json", "--workers", 0, "--batch-size", 3]
+        code, said, errors = torchrun(ranks, ROOT / "eval.py", *flags)
+        assert code == 0, errors
+        results.append(json.loads(said))                                     # one line, whatever the ranks
     for name in ("images", "test_acc1", "test_acc5"):
         assert results[0][name] == results[1][name] == results[2][name]
     assert results[0]["test_loss"] == pytest.approx(results[2]["test_loss"], rel=1e-6)
@@ -108,6 +111,65 @@ def test_a_grey_picture_with_transparency_is_read_as_colour(finished, tmp_path, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    """A file as the authors publish theirs, behind a file:// address: a model of size T, for 16 pixels and 3 classes."""
+    model = VisionTransformer(config("tiny", img_size=16, patch_size=8, num_classes=3))
+    arguments = argparse.Namespace(model="illama_tiny", lr=0.004, finetune=None)
+    torch.save({"model": model.state_dict(), "epoch": 299, "args": arguments}, tmp_path / "illama-tiny-in1k-75.0.pth")
+    monkeypatch.setattr("model.PUBLISHED_URL", tmp_path.as_uri())
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    return model
+
+
+def test_published_weights_are_fetched_by_name_once_and_evaluated(published, photos, tmp_path, capsys):
+    by_name = json.loads(printed(["illama-tiny-in1k-75.0", "--data", photos, "--json"], capsys))
+    assert by_name["images"] == 11 and by_name["alpha"] == 0 and by_name["img_size"] == 16
+    file = tmp_path / "illama-tiny-in1k-75.0.pth"
+    by_path = json.loads(printed([file, "--data", photos, "--json"], capsys))
+    file.unlink()
+    again = json.loads(printed(["illama-tiny-in1k-75.0", "--data", photos, "--json"], capsys))
+    assert by_name["test_loss"] == by_path["test_loss"] == again["test_loss"]
+    loaded = evaluation.build(evaluation.open_checkpoint("illama-tiny-in1k-75.0"))
+    assert all(torch.equal(value, published.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_published_weights_are_loaded_strictly_and_need_their_classes(published, photos, tmp_path, capsys):
+    said = refused(evaluation, ["illama-tiny-in1k-75.0", "--data", "shapes"], capsys)
+    assert "--data shapes has 10 classes, but the model knows 3" in said
+    assert "illama-tiny-in1k-75.0 does not say what it was trained on: give --data or --image" in refused(
+        evaluation, ["illama-tiny-in1k-75.0"], capsys)
+    state = published.state_dict()
+    state.pop("blocks.3.attn.qkv.bias")
+    torch.save({"model": state}, tmp_path / "part.pth")
+    assert "blocks.3.attn.qkv.bias is missing" in refused(evaluation, [tmp_path / "part.pth", "--data", photos], capsys)
+
+
+def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("model.PUBLISHED_URL", (tmp_path / "nowhere").as_uri())
+    said = refused(evaluation, ["illama-small-in1k-79.9", "--data", "shapes"], capsys)
+    assert "illama-small-in1k-79.9.pth could not be downloaded to" in said and "connect to a network, or give" in said
+
+
+def test_a_published_file_that_would_run_code_is_refused(tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+    torch.save({"model": {}, "args": argparse.Namespace(trap=Trap())}, tmp_path / "trap.pth")
+    assert "trap.pth cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "trap.pth"], capsys)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
+    said = refused(evaluation, ["illama-huge"], capsys)
+    assert "no checkpoint at illama-huge: check the path, or give one of the names illama-tiny-in1k-75.0, illama" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -143,8 +205,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
                           (dict(depth=0), "depth is 0; it must be at least 1")):
         torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")
         assert said in refused(evaluation, [tmp_path / "other.pt"], capsys)
-    torch.save(VisionTransformer(config("nano", depth=1)).state_dict(), tmp_path / "weights.pt")
-    assert "weights.pt lacks config, model, classes, alpha, run: use a checkpoint that train.py wrote" in refused(
+    torch.save(dict(config=checkpoint["config"], model=checkpoint["model"]), tmp_path / "part.pt")
+    assert "part.pt lacks classes, alpha, run: use a checkpoint that train.py wrote" in refused(
+        evaluation, [tmp_path / "part.pt"], capsys)
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    assert "weights.pt is neither a checkpoint that train.py wrote nor published iLLaMA weights" in refused(
         evaluation, [tmp_path / "weights.pt"], capsys)
 
 

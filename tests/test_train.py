@@ -132,15 +132,6 @@ def test_a_folder_of_1000_classes_has_the_sizes_own_recipe(flags, name, drop_pat
     assert cfg.img_size == recipe.img_size
 
 
-@pytest.fixture(scope="session")
-def thousand(tmp_path_factory):
-    """A folder with 1,000 class folders."""
-    root = tmp_path_factory.mktemp("thousand")
-    for i in range(1000):
-        (root / "train" / f"n{i:08}").mkdir(parents=True)
-    return root
-
-
 def test_a_size_without_a_recipe_for_1000_classes_says_so(thousand, capsys):
     said = refused(train, ["--data", thousand, "--size", "large"], capsys)
     assert "--size large has no recipe of its own for 1,000 classes; choose one with --recipe: small-data, basic" in said
@@ -299,6 +290,58 @@ def test_the_default_folder_is_the_next_free_number(photos, monkeypatch, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Starting from weights
+
+
+def test_fine_tuning_keeps_the_weights_resizes_positions_and_makes_a_new_head(photos, finished, tmp_path, capsys):
+    folders = tmp_path / "two" / "train", tmp_path / "two" / "val"
+    for folder, split in zip(folders, ("train", "val")):
+        folder.mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (folder / name).symlink_to(photos / split / name)
+    flags = ["--init-from", finished / "best.pt", "--lr", 0, "--min-lr", 0, "--img-size", 32]
+    tuned = run(tmp_path / "two", tmp_path / "run", *flags)["model"]
+    init = torch.load(finished / "best.pt", weights_only=True)["model"]
+    assert (f"init    weights of {finished / 'best.pt'}; learned positions resized from 4 to 16 patches; "
+            "new head: 3 classes before, 2 now\n") in capsys.readouterr().out
+    assert tuned["head.weight"].shape == (2, 128) and torch.equal(tuned["pos_embed"][:, -1], init["pos_embed"][:, -1])
+    assert all(torch.equal(tuned[name], init[name]) for name in init if not name.startswith(("head", "pos")))
+
+
+def test_fine_tuning_with_the_same_classes_keeps_the_head(photos, finished, tmp_path, capsys):
+    tuned = run(photos, tmp_path / "run", "--init-from", finished / "best.pt", "--lr", 0, "--min-lr", 0)["model"]
+    assert f"init    weights of {finished / 'best.pt'}\n" in capsys.readouterr().out
+    assert equal(tuned, torch.load(finished / "best.pt", weights_only=True)["model"])
+
+
+def test_a_fine_tuning_run_resumes_from_its_own_checkpoint(photos, finished, monkeypatch, tmp_path):
+    flags = ["--init-from", finished / "best.pt"]
+    alone = run(photos, tmp_path / "alone", *flags)
+    stopped(photos, tmp_path / "run", monkeypatch, *flags)
+    train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert equal(torch.load(tmp_path / "run" / "last.pt", weights_only=True), alone)
+
+
+@pytest.mark.slow
+def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
+    torch.save(VisionTransformer(config("tiny")).state_dict(), tmp_path / "imagenet.pth")
+    flags = "--recipe basic --batch-size 8 --lr 2e-3 --epochs 1 --soft-mask-schedule linear --soft-mask-epochs 25"
+    train.main(["--data", str(photos), "--out", str(tmp_path / "run"), "--init-from", str(tmp_path / "imagenet.pth"),
+                *flags.split(), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "5,508,675 parameters, 224 x 224 pixels" in said and "new head: 1000 classes before, 3 now" in said
+    recipe = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["recipe"]
+    assert (recipe["mixup"], recipe["cutmix"], recipe["augment"], recipe["erasing"]) == (0.8, 1, True, 0.25)
+
+
+def test_weights_of_another_architecture_are_refused(photos, finished, tmp_path, capsys):
+    flags = ["--data", photos, "--out", tmp_path / "run", *SMALL, "--init-from", finished / "best.pt"]
+    assert "blocks.0.mlp.fc1.bias is missing" in refused(train, [*flags, "--no-swiglu"], capsys)
+    assert "no checkpoint at nowhere.pt" in refused(train, [*flags, "--init-from", "nowhere.pt"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Resume
 
 
@@ -411,15 +454,16 @@ open(sys.argv[1] + os.environ["RANK"], "w").write(str(Counting.syncs))
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(photos, finished, tmp_path, steps):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(machines, photos, tmp_path, steps):
     flags = ["--data", photos, *SMALL, "--clip-grad", 0]
     run(photos, tmp_path / "alone", "--clip-grad", 0)
     (tmp_path / "spy.py").write_text(SPY)
     flags += ["--out", tmp_path / "two", "--micro-batch", 2]
-    result = torchrun(2, tmp_path / "spy.py", tmp_path / "grads.pt", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "batch   8 = 2 ranks x 2 micro-batches x 2 images" in result.stdout
-    assert result.stdout.count("epoch 1  train loss") == 1                   # rank 0 alone speaks
+    code, said, errors = torchrun(2, tmp_path / "spy.py", tmp_path / "grads.pt", *flags, machines=machines)
+    assert code == 0, errors
+    assert "batch   8 = 2 ranks x 2 micro-batches x 2 images" in said
+    assert said.count("epoch 1  train loss") == 1                            # rank 0 alone speaks
     assert [(tmp_path / f"grads.pt{rank}").read_text() for rank in (0, 1)] == ["6", "6"]     # 6 iterations
     for alone, shared in zip(steps[0]["grads"], torch.load(tmp_path / "grads.pt", weights_only=True), strict=True):
         torch.testing.assert_close(alone, shared, atol=1e-6, rtol=0)         # before AdamW, which would hide a factor
@@ -432,8 +476,8 @@ def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(photos, finish
     (["--size", "huge"], "error: unknown size 'huge'; choose one of nano, tiny, small, base, large\n"),
     (["--batch-size", "7"], "error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n")])
 def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_path):
-    result = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
-    assert result.returncode != 0 and result.stderr.count("error:") == result.stderr.count(said) == 1
+    code, _, errors = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
+    assert code != 0 and errors.count("error:") == errors.count(said) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -485,6 +529,20 @@ def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys
     said = refused(train, ["--data", photos, "--out", finished, *SMALL], capsys)
     assert f"--out {finished} holds another run: give another folder, or add --resume to go on with it" in said
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("count, flags, said", [
+    (999, [], "train has 999 class folders, nearly ImageNet's 1,000: complete them, or choose a --recipe"),
+    (1001, ["--recipe", "tiny"], "--recipe tiny is for ImageNet's 1,000 classes, but "),
+    (999, ["--recipe", "base-in21k-384"], "train has 999 class folders: complete them, give --init-from to fine-tune, or"),
+])
+def test_a_folder_that_is_nearly_imagenet_is_refused(count, flags, said, tmp_path, capsys):
+    for i in range(count):
+        folder = tmp_path / "data" / "train" / f"n{i:08}"
+        folder.mkdir(parents=True)
+        (folder / "a.png").touch()
+    (tmp_path / "data" / "val").symlink_to(tmp_path / "data" / "train")
+    assert said in refused(train, ["--data", tmp_path / "data", "--out", tmp_path / "run", "--batch-size", 8, *flags], capsys)
 
 
 @pytest.mark.parametrize("flags, said", [
