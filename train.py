@@ -329,6 +329,12 @@ def make_optimizer(model, recipe):
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
+def speed(since, iterations, waited, recipe):
+    """Images/s and the share of time spent waiting for data since a mark (time, iterations, seconds waited)."""
+    seconds = time.time() - since[0]
+    return (iterations - since[1]) * recipe.batch_size / seconds, (waited - since[2]) / seconds
+
+
 def main(argv=None):
     started = time.time()
     with explain():   # whatever the user can get wrong is found in here, before any work is done
@@ -412,8 +418,8 @@ def main(argv=None):
         model.train()
         sampler.epoch = epoch                        # before iter(): workers ask for their first batches at once
         batches = iter(train_batches)
-        epoch_started = shown = time.time()
-        loss_sum, since = torch.zeros((), device=device), 0
+        loss_sum, waited = torch.zeros((), device=device), 0.0
+        shown = epoch_started = time.time(), 0, waited           # when, iterations until then, seconds without data
         bar = tqdm(total=iterations_per_epoch, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
         for step in range(iterations_per_epoch):
             lr = lr_at(iteration, recipe, iterations_per_epoch)
@@ -424,7 +430,10 @@ def main(argv=None):
                 model.set_soft_mask(alpha)
             torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
             for micro in range(accumulate):
-                images, labels = (t.to(device, non_blocking=True) for t in next(batches))
+                asked = time.time()
+                images, labels = next(batches)
+                waited += time.time() - asked
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 rng, images = random.Random(f"{run.seed} {iteration} {rank} {micro}"), normalize(images)
                 if recipe.erasing:
                     erase(images, rng, recipe.erasing)
@@ -442,19 +451,21 @@ def main(argv=None):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            iteration, since = iteration + 1, since + 1
+            iteration += 1
 
             bar.update()
-            if time.time() - shown > (10 if bar.disable else 1):
-                rate = since * recipe.batch_size / (time.time() - shown)
+            if time.time() - shown[0] > (10 if bar.disable else 1):
+                rate, waiting = speed(shown, step + 1, waited, recipe)
                 mask = f"alpha {alpha:.3f}  " if soft else ""
-                text = f"loss {loss.item():.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s"
+                hint = "; more --workers may help" if waiting > 0.2 else ""
+                text = (f"loss {loss.item():.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, "
+                        f"data wait {waiting:.0%}{hint}")
                 bar.set_postfix_str(text)
                 if bar.disable:
                     say(f"epoch {epoch}  {step + 1}/{iterations_per_epoch}  {text}")
-                shown, since = time.time(), 0
+                shown = time.time(), step + 1, waited
         bar.close()
-        rate = iterations_per_epoch * recipe.batch_size / (time.time() - epoch_started)
+        rate, waiting = speed(epoch_started, iterations_per_epoch, waited, recipe)
 
         if world > 1:
             dist.all_reduce(loss_sum)
@@ -466,7 +477,7 @@ def main(argv=None):
             train_lr=fmean(lr_at(i, recipe, iterations_per_epoch) for i in span),
             train_soft_mask_rate=fmean(soft_mask_at(i, recipe, iterations_per_epoch) for i in span) if soft else None,
             **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
-            time_s=time.time() - started, time_images_per_s=rate)
+            time_s=time.time() - started, time_images_per_s=rate, time_waiting=waiting)
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
             f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
             f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")

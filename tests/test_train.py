@@ -10,7 +10,7 @@ import torch
 
 import train
 from conftest import ROOT, SMALL, refused, torchrun
-from data import erase, mix
+from data import Images, erase, mix
 from model import STEPS, VisionTransformer, config
 from train import RECIPES, lr_at, make_optimizer, soft_mask_at
 
@@ -187,6 +187,21 @@ def test_training_learns(photos, tmp_path):
     run(photos, tmp_path / "run", "--epochs", 8, "--lr", 1e-3)
     rows = metrics(tmp_path / "run")
     assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"] and rows[-1]["test_acc1"] > 60
+
+
+def test_waiting_for_data_is_in_sight_and_hinted_at(photos, monkeypatch, tmp_path, capsys):
+    now = [0.0]                                                              # a clock that only loading moves
+    load = Images.__getitem__
+
+    def slow(images, key):
+        now[0] += 1
+        return load(images, key)
+    monkeypatch.setattr(Images, "__getitem__", slow)
+    monkeypatch.setattr("train.time.time", lambda: now.__setitem__(0, now[0] + 0.5) or now[0])
+    run(photos, tmp_path / "run", "--epochs", 1)
+    assert re.search(r"images/s, data wait [6-9]\d%; more --workers may help", capsys.readouterr().out)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 0.6 < row["time_waiting"] < 1
 
 
 @pytest.mark.parametrize("step", STEPS)
