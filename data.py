@@ -368,7 +368,8 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.source[index]
-        image = self.transform(image.convert("RGB"), random.Random(f"{self.seed} {epoch} {index}"))
+        image = image if image.mode == "RGB" else image.convert("RGB")       # which would copy it
+        image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
         return TF.pil_to_tensor(image), label
 
 

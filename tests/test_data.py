@@ -386,6 +386,14 @@ def test_a_folder_has_labels_by_its_class_names(photos):
     assert min(reds) > 0.5                                                   # cats are red there
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_of_every_kind_become_colour(mode):
+    image = photo(70, 50).convert(mode)
+    pixels, _ = Images([(image, 0)], partial(eval_transform, size=32))[0, 0]
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+    assert torch.equal(pixels, TF.pil_to_tensor(eval_transform(image.convert("RGB"), None, 32)))
+
+
 def test_labels_stay_in_place_when_a_split_lacks_a_class(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "some")
     shutil.rmtree(tmp_path / "some" / "val" / "cat")
