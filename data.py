@@ -12,6 +12,7 @@ of (seed, epoch, index). So no generator has a state to be saved, and the number
 `python data.py --data cifar10` saves a labelled grid of training pictures, as the model sees them.
 """
 import argparse
+import io
 import math
 import random
 import sys
@@ -89,12 +90,19 @@ class ImageFolder(datasets.ImageFolder):
 
     def __init__(self, folder, classes):
         self.known = {name: label for label, name in enumerate(classes)}
-        super().__init__(folder)
+        super().__init__(folder, loader=read_image)
         self.classes = list(classes)
 
     def find_classes(self, folder):
         names, _ = super().find_classes(folder)
         return names, {name: self.known[name] for name in names}
+
+
+def read_image(path):
+    """A picture file as a PIL image in RGB."""
+    with open(path, "rb") as file:
+        image = Image.open(io.BytesIO(file.read()))
+    return image if image.mode == "RGB" else image.convert("RGB")            # convert would copy it
 
 
 def some(names):
@@ -265,7 +273,9 @@ def resized_crop(image, rng, size):
     else:
         w, h = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))
         left, top = (W - w) // 2, (H - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
+    crop = TF.pil_to_tensor(image.crop((left, top, left + w, top + h)))
+    # Three times as fast as PIL's own resize, for a difference of at most two levels in one value of a hundred.
+    return TF.to_pil_image(TF.resize(crop, [size, size], InterpolationMode.BICUBIC))
 
 
 def affine(image, *matrix):
@@ -368,7 +378,6 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.source[index]
-        image = image if image.mode == "RGB" else image.convert("RGB")       # which would copy it
         image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
         return TF.pil_to_tensor(image), label
 

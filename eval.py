@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 
-from data import EvalSampler, Images, eval_transform, loader, normalize, open_data
+from data import EvalSampler, Images, eval_transform, loader, normalize, open_data, read_image
 from model import Config, VisionTransformer, config_of, load_weights, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def evaluate(model, batches, device, dtype=torch.float32):
 
 
 def open_checkpoint(source):
-    """A checkpoint of train.py as it is; published weights, which are nothing else, as train.py would have saved them."""
+    """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
         return require(checkpoint, ("model", "classes", "alpha", "run"), source)
@@ -166,7 +165,7 @@ def build(checkpoint):
 def classify(model, path, transform, classes, device, dtype):
     """The five most likely classes of a picture and their probabilities, likeliest first: {name: probability}."""
     try:
-        pixels, _ = Images([(Image.open(path), 0)], transform)[0, 0]
+        pixels, _ = Images([(read_image(path), 0)], transform)[0, 0]
     except Exception as error:   # PIL raises half a dozen kinds for a damaged file
         raise ValueError(f"--image {path} cannot be read as a picture ({error}): check the file") from error
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

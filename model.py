@@ -209,7 +209,7 @@ class Attention(nn.Module):
 
     def weights(self, q, k, bias, gate):
         """(B, h, M, N): the attention map as it multiplies the values. Rows sum to 1 unless there is a gate."""
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
         attn = scores.softmax(dim=-1)

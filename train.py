@@ -114,7 +114,7 @@ class Run:
     """What to train, on what, where."""
     size: str = "tiny"           # nano, tiny, small, base or large
     step: str = "soft_mask"      # rung of the ladder, see model.py
-    recipe: str = ""             # see RECIPES; default: small-data, for 1,000 class folders --size, or basic on low rungs
+    recipe: str = ""             # see RECIPES; default: small-data, for 1,000 class folders that of --size, or basic
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
     init_from: str = ""          # checkpoint or name of published weights to start from; a head of other classes is new
     seed: int = 0                # of weights, order and augmentation
@@ -239,8 +239,8 @@ def check_classes(run, classes, chosen):
     if run.data in BUILT_IN or run.init_from or classes == 1000 or run.recipe.endswith("-in21k"):
         return
     if run.recipe != "small-data":
-        raise ValueError(f"--recipe {run.recipe} is for ImageNet's 1,000 classes, but {run.data}/train has {classes} class "
-                         "folders: complete them, give --init-from to fine-tune, or choose --recipe small-data")
+        raise ValueError(f"--recipe {run.recipe} is for ImageNet's 1,000 classes, but {run.data}/train has {classes} "
+                         "class folders: complete them, give --init-from to fine-tune, or choose --recipe small-data")
     if 900 < classes < 1100 and not chosen:
         raise ValueError(f"{run.data}/train has {classes} class folders, nearly ImageNet's 1,000: complete them, "
                          "or choose a --recipe")

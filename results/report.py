@@ -4,7 +4,7 @@
     python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
 
 NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the
-authors' logs whose weights are published.
+authors' logs whose weights are published, and bench_*.jsonl what the programs in benchmarks/ appended.
 """
 import argparse
 import inspect
@@ -63,6 +63,22 @@ def ladder_table():
     return "\n".join(lines)
 
 
+def speed_table():
+    columns = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
+    rate = {(row["model"], row["dtype"], row["compiled"]): row["images_per_s"] for row in rows("bench_model")}
+    titles = [f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in columns]
+    lines = [f"| training step, 224 pixels, batch 16 | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    for name in dict.fromkeys(name for name, *_ in rate):
+        cells = [f"{rate['timm vit', *column]:.1f} images/s" if name == "timm vit" else
+                 f"{rate[name, *column] / rate['timm vit', *column]:.2f} x" for column in columns]
+        title = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T"}.get(name, f"iLLaMA-T, mask `{name}`")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    theirs, ours = rows("bench_data")
+    return "\n".join([*lines, "", "From a JPEG file to a training picture of 224 pixels with the published augmentation:",
+                      f"{ours['images_per_s']} pictures/s on one core, {theirs['images_per_s']} with timm's pipeline: "
+                      f"{ours['ratio']:.2f} times as many."])
+
+
 def published_table():
     lines = ["| weights | parameters | epoch | top-1 | top-5 | loss |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows("published"):
@@ -96,7 +112,8 @@ of size T and for iLLaMA-S; the published parameter counts, to the digit, for al
 
 def written(readme):
     """The README's text with each part between its two marks made anew."""
-    for mark, table in (("claim", claim()), ("ladder", ladder_table()), ("runs", runs_table()), ("published", published_table())):
+    parts = dict(claim=claim(), ladder=ladder_table(), runs=runs_table(), published=published_table(), speed=speed_table())
+    for mark, table in parts.items():
         before, after = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{table}\n{after[after.index('<!-- end -->'):]}"
     return readme

@@ -59,8 +59,9 @@ def torchrun(ranks, *command, machines=1):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={ranks // machines}",
-                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--local_addr=localhost"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}",
+                f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+                "--local_addr=localhost"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]

@@ -1,0 +1,74 @@
+"""How many training pictures a second one core prepares, from the file to the batch, beside timm 0.5.4.
+
+    pip install --no-deps timm==0.5.4
+    python benchmarks/bench_data.py PATH --out results/bench_data.jsonl    # PATH/train or PATH/val with photos
+
+Both read the same photos with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
+pipeline normalises and erases each picture, ours leaves that to the device, a batch at a time.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import datasets
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import MEAN, STD, Images, open_folder, train_transform  # noqa: E402
+
+
+def timm_transform():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from timm.data import auto_augment, create_transform
+    except ImportError:
+        sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
+    posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = (     # Pillow 13 refuses 0 bits, which are black
+        lambda image, bits, **kwargs: posterize(image, bits, **kwargs) if bits else Image.new("RGB", image.size))
+    return create_transform(224, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
+                            interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, mean=MEAN, std=STD)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", help="folder with train/ or val/ of class folders")
+    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", help="append the rows to this file as well")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    split = "train" if Path(args.path, "train").is_dir() else "val"
+    theirs = datasets.ImageFolder(Path(args.path, split), transform=timm_transform())
+    ours = Images(open_folder(Path(args.path), split, None), partial(train_transform, size=224, augment=True))
+    indices = range(0, len(theirs), max(1, len(theirs) // args.pictures))
+    contenders = {"timm 0.5.4": lambda index: theirs[index], "ours": lambda index: ours[0, index]}
+    seconds = {name: [] for name in contenders}
+    for repeat in range(args.repeats + 1):
+        for name, load in contenders.items():
+            start = time.perf_counter()
+            for index in indices:
+                load(index)
+            if repeat:                                     # the first turn fills the file cache
+                seconds[name].append((time.perf_counter() - start) / len(indices))
+    slowest = statistics.median(seconds["timm 0.5.4"])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        row = dict(pipeline=name, ms_per_image=round(1000 * median, 3), images_per_s=round(1 / median),
+                   ratio=round(slowest / median, 3))
+        print(json.dumps(row))
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
