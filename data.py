@@ -99,9 +99,13 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def read_image(path):
-    """A picture file as a PIL image in RGB."""
-    with open(path, "rb") as file:
-        image = Image.open(io.BytesIO(file.read()))
+    """A picture file as a PIL image in RGB. ValueError that names it if it is none."""
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(io.BytesIO(file.read()))
+        image.load()
+    except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
+        raise ValueError(f"{path} cannot be read as a picture ({error}): replace or remove it") from error
     return image if image.mode == "RGB" else image.convert("RGB")            # convert would copy it
 
 

@@ -405,6 +405,16 @@ def test_pictures_of_every_kind_are_read_in_colour(mode, name, tmp_path):
     assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 cut short", "half"])
+def test_an_unreadable_picture_is_named(content, tmp_path):
+    photo().save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match="a.jpg cannot be read as a picture .*: replace or remove it") as error:
+        read_image(tmp_path / "a.jpg")
+    assert "\n" not in str(error.value)
+
+
 def test_labels_stay_in_place_when_a_split_lacks_a_class(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "some")
     shutil.rmtree(tmp_path / "some" / "val" / "cat")

@@ -176,7 +176,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
 @pytest.mark.parametrize("flags, said", [
     (["--data", "nowhere"], "--data nowhere is neither one of shapes"),
     (["--data", "shapes"], "shapes has the classes circle, ring, crescent, bar, triangle and 5 more, but the model"),
-    (["--image", "nowhere.png"], "--image nowhere.png cannot be read as a picture"),
+    (["--image", "nowhere.png"], "nowhere.png cannot be read as a picture"),
     (["--image", __file__], "test_eval.py cannot be read as a picture"),
     (["--soft-mask", "2"], "alpha is 2.0; it must be between 0 and 1"),
     (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
