@@ -109,6 +109,19 @@ def test_the_rung_vit_is_torchvisions_vision_transformer():
     torch.testing.assert_close(ours(hashed_images(2)), theirs(hashed_images(2)), atol=1e-5, rtol=0)
 
 
+def test_weights_start_as_the_published_ones_do():
+    torch.manual_seed(0)
+    for name, p in VisionTransformer(config("tiny", depth=2)).named_parameters():
+        if name.startswith("patch_embed"):                                   # torch's default for a convolution
+            assert abs(p.abs().max() - 1 / math.sqrt(3 * 16 * 16)) < 0.002
+        elif "norm" in name:
+            assert (p == 1).all()
+        elif name.endswith("bias"):
+            assert (p == 0).all()
+        else:                                                                # linear, class token and positions
+            assert abs(p.std() - 0.02) < 0.003 and abs(p.mean()) < 0.003
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
 
