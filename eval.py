@@ -201,7 +201,10 @@ def main(argv=None):
         classes, size = checkpoint["classes"], model.cfg.img_size
         transform = partial(eval_transform, size=size)
         if args.image:
-            if classes is None and model.cfg.num_classes == 1000:
+            if classes is None and model.cfg.num_classes != 1000:
+                raise ValueError(f"{args.checkpoint} does not name its {model.cfg.num_classes} classes, so --image "
+                                 "cannot: use a checkpoint that train.py wrote")
+            if classes is None:
                 classes = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
             likely = classify(model, args.image, transform, classes, device, dtype)
             lines = [f"{100 * p:5.1f} %  {name}" for name, p in likely.items()]

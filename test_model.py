@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from model import (SIZES, STEPS, Config, RMSNorm, SwiGLU, VisionTransformer, config, load_weights, resize_positions,
+from model import (STEPS, Config, RMSNorm, SwiGLU, VisionTransformer, config, load_weights, resize_positions,
                    rope_table, rotate)
 
 # Every rung of the ladder, and the two masks that stand beside it.

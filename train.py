@@ -225,7 +225,7 @@ def plural(n, word, s="s"):
 
 def default_recipe(run):
     train = Path(run.data, "train")
-    if not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
+    if run.data in BUILT_IN or not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
         return "small-data"
     name = run.size if run.step == list(STEPS)[-1] else "basic"
     if name not in RECIPES:

@@ -142,6 +142,8 @@ def test_published_weights_are_loaded_strictly_and_need_their_classes(published,
     assert "--data shapes has 10 classes, but the model knows 3" in said
     assert "illama-tiny-in1k-75.0 does not say what it was trained on: give --data or --image" in refused(
         evaluation, ["illama-tiny-in1k-75.0"], capsys)
+    said = refused(evaluation, ["illama-tiny-in1k-75.0", "--image", photos / "val" / "cat" / "00.png"], capsys)
+    assert "illama-tiny-in1k-75.0 does not name its 3 classes, so --image cannot: use a checkpoint that train.py" in said
     state = published.state_dict()
     state.pop("blocks.3.attn.qkv.bias")
     torch.save({"model": state}, tmp_path / "part.pth")
