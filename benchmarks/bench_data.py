@@ -7,11 +7,8 @@ Both read the same photos with the published augmentation at 224 pixels and take
 pipeline normalises and erases each picture, ours leaves that to the device, a batch at a time.
 """
 import argparse
-import json
 import statistics
-import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -19,22 +16,18 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import MEAN, STD, Images, open_folder, train_transform  # noqa: E402
+from bench_model import peer, report  # which also puts the project's root on the path
+from data import MEAN, STD, Images, open_folder, train_transform
 
 
 def timm_transform():
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from timm.data import auto_augment, create_transform
-    except ImportError:
-        sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
+    auto_augment = peer("timm.data.auto_augment")
     posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = (     # Pillow 13 refuses 0 bits, which are black
         lambda image, bits, **kwargs: posterize(image, bits, **kwargs) if bits else Image.new("RGB", image.size))
-    return create_transform(224, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
-                            interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, mean=MEAN, std=STD)
+    return peer("timm.data").create_transform(224, is_training=True, color_jitter=0.4, interpolation="bicubic",
+                                              auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel",
+                                              re_count=1, mean=MEAN, std=STD)
 
 
 def main():
@@ -59,15 +52,12 @@ def main():
                 load(index)
             if repeat:                                     # the first turn fills the file cache
                 seconds[name].append((time.perf_counter() - start) / len(indices))
-    slowest = statistics.median(seconds["timm 0.5.4"])
+    reference = statistics.median(seconds["timm 0.5.4"])
     for name, times in seconds.items():
         median = statistics.median(times)
         row = dict(pipeline=name, ms_per_image=round(1000 * median, 3), images_per_s=round(1 / median),
-                   ratio=round(slowest / median, 3))
-        print(json.dumps(row))
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                   ratio=round(reference / median, 3))
+        report(row, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast a training step and inference are, beside the models that people would use otherwise.
 
-    pip install timm==0.5.4 --no-deps
+    pip install --no-deps timm==0.5.4
     python benchmarks/bench_model.py --out results/bench_model.jsonl
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
@@ -8,6 +8,7 @@ is the median of the turns. `peak` is the share of the fastest matrix product th
 (inference) or 6 (training) times the published dense multiply-accumulates of iLLaMA-T, per second.
 """
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -22,14 +23,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import VisionTransformer, config  # noqa: E402
 
 
-def timm_vit(img_size):
+def peer(module):
+    """A module of timm, without the warnings that so old a package gives."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import timm
+            return importlib.import_module(module)
     except ImportError:
         sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
-    return timm.create_model("vit_tiny_patch16_224", img_size=img_size)
+
+
+def report(row, out):
+    """Print a row, and append it to the file `out` if there is one."""
+    print(json.dumps(row))
+    if out:
+        with open(out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def timm_vit(img_size):
+    return peer("timm").create_model("vit_tiny_patch16_224", img_size=img_size)
 
 
 def illama(**fields):
@@ -85,6 +98,7 @@ def main():
     parser.add_argument("--out", help="append the rows to this file as well")
     args = parser.parse_args()
 
+    torch._dynamo.config.recompile_limit = 100             # all contenders share one forward's code, and stay compiled
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
     labels = torch.randint(1000, (args.batch_size,))
@@ -94,7 +108,6 @@ def main():
             for compiled in args.compile:
                 model = MODELS[name](args.img_size).train(not args.inference)
                 if compiled:
-                    torch._dynamo.reset()
                     model.compile()
                 for _ in range(2):
                     step(model, images, labels, getattr(torch, dtype), not args.inference)
@@ -116,10 +129,7 @@ def main():
         row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=args.img_size, batch_size=args.batch_size,
                    training=not args.inference, images_per_s=round(rate, 2),
                    peak=round(rate * work / max(peaks[dtype]), 3), matmul_gflops=round(max(peaks[dtype]) / 1e9))
-        print(json.dumps(row))
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        report(row, args.out)
 
 
 if __name__ == "__main__":
