@@ -3,7 +3,7 @@
     train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
     images = Images(train, partial(train_transform, size=32), seed=0)
     order = TrainSampler(len(train), batch_size=128)
-    for pictures, labels in loader(images, order, workers=2):  # uint8 (128, 3, 32, 32), int64 (128,)
+    for pictures, labels, faults in loader(images, order, workers=2):   # uint8 (128, 3, 32, 32), int64 (128,), 128 str
         logits = model(normalize(pictures))
 
 Every random draw is a function of what it is for: the order of an epoch of (seed, epoch), the augmentation of a picture
@@ -370,20 +370,32 @@ def mix(images, labels, classes, rng, mixup, cutmix):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label)
+# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label, fault)
 
 
 class Images(Dataset):
-    """A data set with a transform whose randomness is a function of (seed, epoch, index)."""
+    """A data set with a transform whose randomness is a function of (seed, epoch, index).
+
+    The fault is "", or the sentence about a picture that cannot be read: then picture and label are the next one's.
+    """
 
     def __init__(self, source, transform, seed=0):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.source[index]
+        image, label, fault = self.read(index)
         image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), label
+        return TF.pil_to_tensor(image), label, fault
+
+    def read(self, index):
+        fault = ""
+        for other in range(index, index + 100):
+            try:
+                return *self.source[other % len(self.source)], fault
+            except ValueError as error:                    # an error in a worker would come with its traceback
+                fault = fault or str(error)
+        return Image.new("RGB", (1, 1)), 0, fault
 
 
 class TrainSampler(Sampler):
@@ -442,7 +454,7 @@ def grid(images, classes, rows=6, columns=10, cell=96):
     sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
     rng = random.Random("grid")
     for i in range(rows * columns):
-        pixels, label = images[0, rng.randrange(len(images.source))]
+        pixels, label, _ = images[0, rng.randrange(len(images.source))]
         x, y = i % columns * cell, i // columns * (cell + 14)
         sheet.paste(TF.to_pil_image(pixels).resize((cell - 2, cell - 2), Image.NEAREST), (x, y))
         ImageDraw.Draw(sheet).text((x + 2, y + cell - 2), classes[label][:15], fill="black")

@@ -110,11 +110,14 @@ def default_workers():
 def evaluate(model, batches, device, dtype=torch.float32):
     """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
 
-    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s). Leaves the model in eval mode.
+    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s). Leaves the model in eval mode. ValueError if
+    a picture cannot be read.
     """
     model.eval()
     start, rows = time.time(), [torch.zeros(4)]
-    for images, labels in batches:
+    for images, labels, faults in batches:
+        if any(faults):
+            raise ValueError(next(filter(None, faults)))
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(normalize(images)).float()
@@ -164,7 +167,7 @@ def build(checkpoint):
 @torch.no_grad()
 def classify(model, path, transform, classes, device, dtype):
     """The five most likely classes of a picture and their probabilities, likeliest first: {name: probability}."""
-    pixels, _ = Images([(read_image(path), 0)], transform)[0, 0]
+    pixels, *_ = Images([(read_image(path), 0)], transform)[0, 0]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         probabilities = model(normalize(pixels[None].to(device))).float().softmax(-1)[0]
     top = probabilities.topk(min(5, len(classes)))
@@ -220,7 +223,8 @@ def main(argv=None):
                              f"{model.cfg.num_classes}: use the data that it was trained on")
 
     batches = loader(Images(source, transform), EvalSampler(len(source), args.batch_size, rank, world), args.workers)
-    result = evaluate(model, batches, device, dtype)
+    with explain():
+        result = evaluate(model, batches, device, dtype)
     result |= dict(img_size=size, alpha=alpha)
     if rank == 0:
         if args.json:

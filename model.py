@@ -184,8 +184,8 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention: softmax(q k' / sqrt(d) + bias) * gate, times v.
 
-    bias and gate are (N, N), or None where a rung has none; VisionTransformer.masks makes them. `read` picks the tokens
-    whose output is wanted, all by default; every token is seen.
+    bias and gate are (N, N), or None where a rung has none: see masks. `read` picks the tokens whose output is wanted,
+    all by default; every token is seen.
     """
 
     def __init__(self, cfg):
@@ -245,6 +245,23 @@ def norm(cfg):
     return RMSNorm(cfg.width) if cfg.rmsnorm else nn.LayerNorm(cfg.width, eps=1e-6)
 
 
+def masks(cfg, alpha=0.0):
+    """bias, added before the softmax, and gate, multiplied after it: (N, N) each, or None. Row i is what token i sees.
+
+    `soft` is the published mask: future values are scaled by alpha once the softmax has been taken, so future keys keep
+    their share of its denominator, and even at alpha 0 a token can tell something of what comes after it. `soft_log`
+    scales exp(score) instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+    """
+    if cfg.mask == "none":
+        return None, None
+    visible = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()
+    if cfg.mask == "modified":
+        visible[-1 if cfg.cls_last else 0] = True                    # the class token's row
+    if cfg.mask == "soft":
+        return None, torch.where(visible, 1.0, alpha)
+    return torch.where(visible, 0.0, math.log(alpha) if alpha else -math.inf), None
+
+
 class PatchEmbed(nn.Module):
     """Cut the image into patches, in raster order, and project each to D channels: one strided convolution."""
 
@@ -273,13 +290,9 @@ class VisionTransformer(nn.Module):
 
         # What can be computed is not stored: none of these is in the state dict.
         rope = rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None
-        self.register_buffer("rope", rope, persistent=False)
-        visible = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()   # row i: what token i sees
-        if cfg.mask == "modified":
-            visible[self.cls] = True
-        self.register_buffer("visible", visible, persistent=False)
-        # A tensor, so that a compiled model sees a new value without being compiled again.
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+        bias, gate = masks(cfg)
+        for name, table in (("rope", rope), ("bias", bias), ("gate", gate)):
+            self.register_buffer(name, table, persistent=False)
 
         self.apply(init_weights)
         for p in (self.cls_token, self.pos_embed):
@@ -292,20 +305,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
             raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
-        self.alpha.fill_(alpha)
-
-    def masks(self):
-        """bias, added before the softmax, and gate, multiplied after it: (N, N) each, or None.
-
-        `soft` is the published mask: future values are scaled by alpha once the softmax has been taken, so future keys
-        keep their share of its denominator, and even at alpha 0 a token can tell something of what comes after it.
-        `soft_log` scales exp(score) instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
-        """
-        if self.cfg.mask == "none":
-            return None, None
-        if self.cfg.mask == "soft":
-            return None, torch.where(self.visible, 1.0, self.alpha)
-        return torch.where(self.visible, 0.0, self.alpha.log()), None   # causal and modified: alpha stays 0
+        for mask, values in zip((self.bias, self.gate), masks(self.cfg, alpha)):
+            if mask is not None:
+                mask.copy_(values)   # in place: a compiled model sees them without being compiled again
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
@@ -320,7 +322,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         """Logits. Of the last block only the class token is read, so only it is computed there."""
         x = self.embed(images)                                       # B, N, D
-        seen = self.rope, *self.masks()
+        seen = self.rope, self.bias, self.gate
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, *seen)
@@ -331,16 +333,16 @@ class VisionTransformer(nn.Module):
         """All tokens after the last norm: (B, N, D)."""
         x = self.embed(images)
         for block in self.blocks:
-            x = block(x, self.rope, *self.masks())
+            x = block(x, self.rope, self.bias, self.gate)
         return self.norm(x)
 
     def attention_maps(self, images):
         """The maps as they multiply the values, (depth, B, heads, N, N): row i is where token i looks."""
-        x, maps, masks = self.embed(images), [], self.masks()
+        x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope, slice(None))
-            maps.append(block.attn.weights(q, k, *masks))
-            x = block(x, self.rope, *masks)
+            maps.append(block.attn.weights(q, k, self.bias, self.gate))
+            x = block(x, self.rope, self.bias, self.gate)
         return torch.stack(maps)
 
 

@@ -293,7 +293,7 @@ def test_drop_path_grows_with_depth_and_draws_for_each_branch():
     model = build(depth=3, drop_path=0.5)
     assert [block.drop_path.p for block in model.blocks] == [0, 0.25, 0.5]
     block, x = model.blocks[-1].train(), torch.randn(400, 17, 128)
-    seen = model.rope, *model.masks()
+    seen = model.rope, model.bias, model.gate
     branch, same = block.attn(block.norm1(x), *seen), 1e-4
     y = block(x, *seen)
     attn_off, attn_on = x, x + 2 * branch                                    # kept branches are scaled by 1 / (1 - p)

@@ -28,6 +28,7 @@ from statistics import fmean
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -127,6 +128,7 @@ class Machine:
     out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
     device: str = "auto"         # auto, cuda, mps or cpu
     compile: bool = False        # torch.compile the model
+    recompute: bool = False      # keep only the blocks' inputs for the backward pass: less memory, more time
     workers: int = default_workers()   # loader processes a rank
 
 
@@ -329,6 +331,12 @@ def make_optimizer(model, recipe):
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
+def recompute_blocks(model):
+    """Let the backward pass compute anew what is inside each block; only the block's input is kept for it."""
+    for block in model.blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
 def speed(since, iterations, waited, recipe):
     """Images/s and the share of time spent waiting for data since a mark (time, iterations, seconds waited)."""
     seconds = time.time() - since[0]
@@ -382,6 +390,8 @@ def main(argv=None):
     iterations_per_epoch = len(train) // recipe.batch_size
     total = recipe.epochs * iterations_per_epoch
 
+    if machine.recompute:
+        recompute_blocks(model)
     if machine.compile:
         model.compile()
     soft = cfg.mask.startswith("soft")
@@ -394,7 +404,8 @@ def main(argv=None):
         iteration, best = checkpoint["iteration"], checkpoint["best_acc1"]
         with suppress(FileNotFoundError):
             rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch]
-    net = DistributedDataParallel(model) if world > 1 else model
+    # buffers are tables, the same on every rank
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     n_parameters = sum(p.numel() for p in model.parameters())
 
     say(f"model   {run.size}, step {run.step}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
@@ -404,7 +415,8 @@ def main(argv=None):
         f"x {plural(micro_batch, 'image')}; recipe {run.recipe}: {plural(recipe.epochs, 'epoch')} "
         f"of {plural(iterations_per_epoch, 'iteration')}")
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    say(f"device  {device.type}{threads}, {run.dtype}{', compiled' if machine.compile else ''}")
+    extras = [word for word, on in (("compiled", machine.compile), ("blocks recomputed", machine.recompute)) if on]
+    say(f"device  {device.type}{threads}, {', '.join([run.dtype, *extras])}")
     if run.init_from and not checkpoint:
         say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
     settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
@@ -431,8 +443,11 @@ def main(argv=None):
             torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
             for micro in range(accumulate):
                 asked = time.time()
-                images, labels = next(batches)
+                images, labels, faults = next(batches)
                 waited += time.time() - asked
+                with explain():
+                    if any(faults):
+                        raise ValueError(next(filter(None, faults)))
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 rng, images = random.Random(f"{run.seed} {iteration} {rank} {micro}"), normalize(images)
                 if recipe.erasing:
@@ -469,7 +484,8 @@ def main(argv=None):
 
         if world > 1:
             dist.all_reduce(loss_sum)
-        result = evaluate(model, val_batches, device, dtype)
+        with explain():
+            result = evaluate(model, val_batches, device, dtype)
         span = range(iteration - iterations_per_epoch, iteration)
         row = dict(
             step=run.step, seed=run.seed, epoch=epoch,

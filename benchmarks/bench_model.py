@@ -1,14 +1,18 @@
-"""How fast a training step and inference are, beside the models that people would use otherwise.
+"""How fast a training step and inference are, and what they keep in memory, beside models that people would use otherwise.
 
     pip install --no-deps timm==0.5.4
     python benchmarks/bench_model.py --out results/bench_model.jsonl
+    torchrun --nproc_per_node=2 benchmarks/bench_model.py ...              # gradients averaged over the ranks
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
 is the median of the turns. `peak` is the share of the fastest matrix product that the machine did between them: 2
-(inference) or 6 (training) times the published dense multiply-accumulates of iLLaMA-T, per second.
+(inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
+`saved_mb` is what the forward pass keeps for the backward pass, `peak_mb` the most that a step holds at once over
+weights and images, both in 10^6 bytes.
 """
 import argparse
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -17,10 +21,15 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import VisionTransformer, config  # noqa: E402
+from eval import setup  # noqa: E402
+from model import SIZES, SwiGLU, VisionTransformer, config  # noqa: E402
+from train import recompute_blocks  # noqa: E402
 
 
 def peer(module):
@@ -45,37 +54,75 @@ def timm_vit(img_size):
     return peer("timm").create_model("vit_tiny_patch16_224", img_size=img_size)
 
 
-def illama(**fields):
+def torchvision_vit(img_size):
+    return torchvision.models.vit_b_16(image_size=img_size)
+
+
+def illama(size="tiny", recompute=False, **fields):
     def build(img_size):
-        model = VisionTransformer(config("tiny", img_size=img_size, **fields))
+        model = VisionTransformer(config(size, img_size=img_size, **fields))
         if model.cfg.mask.startswith("soft"):
             model.set_soft_mask(0.5)
+        if recompute:
+            recompute_blocks(model)
         return model
     return build
 
 
-MODELS = {
+MODELS = {  # name: how it is built, for an image size
     "timm vit": timm_vit,
     "vit": illama(step="vit"),
     "causal": illama(step="abs_pos"),
     "soft": illama(),
     "soft_log": illama(mask="soft_log"),
+    "soft recompute": illama(recompute=True),
+    "torchvision base": torchvision_vit,
+    "soft base": illama("base"),
 }
 
 
-def multiply_accumulates(img_size, width=192, depth=12, hidden=512, patch=16, classes=1000):
-    """iLLaMA-T's as published: dense attention, all tokens in all blocks."""
-    tokens = (img_size // patch) ** 2 + 1
+def multiply_accumulates(name, img_size):
+    """Those of the iLLaMA of that size as published: dense attention, all tokens in all blocks."""
+    size = SIZES["base" if name.endswith("base") else "tiny"]
+    width, hidden, tokens = size["width"], SwiGLU(size["width"]).fc1.out_features, (img_size // 16) ** 2 + 1
     block = tokens * (4 * width ** 2 + 3 * width * hidden) + 2 * tokens ** 2 * width
-    return 3 * patch ** 2 * width * (tokens - 1) + depth * block + classes * width
+    return 3 * 16 ** 2 * width * (tokens - 1) + size["depth"] * block + 1000 * width
+
+
+def forward(model, images, labels, dtype, train):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(train):
+        return F.cross_entropy(model(images), labels)
 
 
 def step(model, images, labels, dtype, train):
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(train):
-        logits = model(images)
-        if train:
-            F.cross_entropy(logits, labels).backward()
+    loss = forward(model, images, labels, dtype, train)
+    if train:
+        loss.backward()
     model.zero_grad()
+
+
+def saved_for_backward(model, *batch):
+    """Bytes of the tensors that a forward pass keeps for the backward pass, weights and tables not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward(model, *batch)   # kept, or the tensors would go, and others could take their addresses
+    del loss
+    return sum(saved.values())
+
+
+def most_held(model, *batch):
+    """Bytes that torch had allocated at once in a step, at most, over what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(model, *batch)
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
 def matmul_peak(dtype, n=2048):
@@ -88,48 +135,58 @@ def matmul_peak(dtype, n=2048):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", choices=MODELS,
+                        default=["timm vit", "vit", "causal", "soft", "soft_log", "soft recompute"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16], help="images a step on one rank")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inference", action="store_true", help="a forward pass, not a training step")
     parser.add_argument("--out", help="append the rows to this file as well")
     args = parser.parse_args()
 
+    rank, world, *_ = setup("cpu")
+    train = not args.inference
     torch._dynamo.config.recompile_limit = 100             # all contenders share one forward's code, and stay compiled
     torch.manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
-    labels = torch.randint(1000, (args.batch_size,))
-    contenders = {}
-    for name in args.models:
-        for dtype in args.dtypes:
-            for compiled in args.compile:
-                model = MODELS[name](args.img_size).train(not args.inference)
-                if compiled:
-                    model.compile()
-                for _ in range(2):
-                    step(model, images, labels, getattr(torch, dtype), not args.inference)
-                contenders[name, dtype, compiled] = model, []
-                print(f"ready: {name} {dtype} {'compiled' if compiled else 'eager'}", file=sys.stderr)
+    contenders, memory = {}, {}
+    for key in itertools.product(args.models, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
+        name, dtype, compiled, img_size, batch_size = key
+        model = MODELS[name](img_size).train(train)
+        if compiled:
+            model.compile()
+        net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+        batch = (torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)),
+                 getattr(torch, dtype), train)
+        for _ in range(2):
+            step(net, *batch)
+        memory[key] = dict(saved_mb=round(saved_for_backward(model, *batch) / 1e6, 1)) if train else {}
+        memory[key] |= dict(peak_mb=round(most_held(model, *batch) / 1e6, 1))
+        contenders[key] = net, batch, []
+        print(f"ready: {name} {dtype} {'compiled' if compiled else 'eager'} {img_size} {batch_size}", file=sys.stderr)
 
     peaks = {dtype: [] for dtype in args.dtypes}
     for _ in range(args.repeats):
         for dtype in args.dtypes:
-            peaks[dtype].append(matmul_peak(getattr(torch, dtype)))
-        for (name, dtype, compiled), (model, seconds) in contenders.items():
+            peaks[dtype].append(matmul_peak(getattr(torch, dtype)) * world)
+        for net, batch, seconds in contenders.values():
             start = time.perf_counter()
-            step(model, images, labels, getattr(torch, dtype), not args.inference)
+            step(net, *batch)
             seconds.append(time.perf_counter() - start)
 
-    work = (2 if args.inference else 6) * multiply_accumulates(args.img_size)
-    for (name, dtype, compiled), (_, seconds) in contenders.items():
-        rate = args.batch_size / statistics.median(seconds)
-        row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=args.img_size, batch_size=args.batch_size,
-                   training=not args.inference, images_per_s=round(rate, 2),
-                   peak=round(rate * work / max(peaks[dtype]), 3), matmul_gflops=round(max(peaks[dtype]) / 1e9))
-        report(row, args.out)
+    for key, (_, _, seconds) in contenders.items():
+        name, dtype, compiled, img_size, batch_size = key
+        rate = world * batch_size / statistics.median(seconds)
+        work = (6 if train else 2) * multiply_accumulates(name, img_size)
+        row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
+                   ranks=world, training=train, images_per_s=round(rate, 2),
+                   peak=round(rate * work / max(peaks[dtype]), 3), matmul_gflops=round(max(peaks[dtype]) / 1e9),
+                   **memory[key])
+        if rank == 0:
+            report(row, args.out)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ LADDER = {  # rung: what it does, its formula, where it stands, and the publishe
     "rmsnorm": ("LLaMA's norm",
                 "x / √(mean(x²) + ε) · w", model.RMSNorm, "74.5"),
     "causal": ("LLaMA's mask, and a **collapse**",
-               "softmax(QKᵀ/√d + M), M = −∞ above the diagonal", VisionTransformer.masks, "none"),
+               "softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks, "none"),
     "ps_cls": ("the cure: the class token goes last",
                "[patch₁ … patch_P, cls]", VisionTransformer.embed, "71.9"),
     "rope": ("rotary positions in place of learned ones",
@@ -47,7 +47,7 @@ LADDER = {  # rung: what it does, its formula, where it stands, and the publishe
     "abs_pos": ("learned positions as well",
                 "x + pos", VisionTransformer.embed, "73.2"),
     "soft_mask": ("causal little by little: **iLLaMA**",
-                  "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", VisionTransformer.masks, "75.0 ²"),
+                  "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks, "75.0 ²"),
 }
 
 

@@ -378,7 +378,7 @@ def test_workers_change_nothing():
     for workers in (0, 2):
         sampler = TrainSampler(40, 8, seed=1)
         batches.append(list(loader(Images(source, partial(train_transform, size=16)), sampler, workers)))
-    for (one, one_labels), (two, two_labels) in zip(*batches, strict=True):
+    for (one, one_labels, _), (two, two_labels, _) in zip(*batches, strict=True):
         assert torch.equal(one, two) and torch.equal(one_labels, two_labels)
         assert one.dtype == torch.uint8
 
@@ -401,7 +401,7 @@ def test_pictures_of_every_kind_are_read_in_colour(mode, name, tmp_path):
     photo(70, 50).convert(mode).save(tmp_path / name, format="PNG" if name == "png.JPEG" else None)
     image, expected = read_image(tmp_path / name), Image.open(tmp_path / name).convert("RGB")
     assert image.mode == "RGB" and np.array_equal(np.array(image), np.array(expected))
-    pixels, _ = Images([(read_image(tmp_path / name), 0)], partial(train_transform, size=48))[0, 0]
+    pixels, *_ = Images([(read_image(tmp_path / name), 0)], partial(train_transform, size=48))[0, 0]
     assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8
 
 
@@ -413,6 +413,16 @@ def test_an_unreadable_picture_is_named(content, tmp_path):
     with pytest.raises(ValueError, match="a.jpg cannot be read as a picture .*: replace or remove it") as error:
         read_image(tmp_path / "a.jpg")
     assert "\n" not in str(error.value)
+
+
+def test_the_next_picture_stands_in_for_an_unreadable_one(photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "val")
+    (tmp_path / "val" / "cat" / "03.png").write_bytes(b"")
+    images = Images(open_data(str(tmp_path), "val", 16), partial(eval_transform, size=16))
+    faults = [fault for *_, fault in (images[0, i] for i in range(11))]
+    assert [bool(fault) for fault in faults] == [False, True, *[False] * 9]
+    assert faults[1].startswith(f"{tmp_path}/val/cat/03.png cannot be read as a picture")
+    assert torch.equal(images[0, 1][0], images[0, 2][0]) and images[0, 1][1] == images[0, 2][1]
 
 
 def test_labels_stay_in_place_when_a_split_lacks_a_class(photos, tmp_path):

@@ -191,6 +191,14 @@ def test_bad_flags_are_refused(flags, said, finished, capsys):
     assert said in refused(evaluation, [finished / "best.pt", *flags], capsys)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_one_sentence(workers, photos, finished, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "val" / "dog" / "01.png").write_bytes(b"no picture")
+    said = refused(evaluation, [finished / "best.pt", "--data", tmp_path / "photos", "--workers", workers], capsys)
+    assert "dog/01.png cannot be read as a picture" in said
+
+
 def test_a_soft_mask_for_a_model_without_one_is_refused(finished, tmp_path, capsys):
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     torch.save(checkpoint | dict(alpha=None, config=checkpoint["config"] | dict(mask="causal")), tmp_path / "causal.pt")

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_the_same_command_gives_the_same_run_with_any_number_of_workers(photos, 
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
+def test_recomputing_blocks_changes_nothing_but_the_memory(photos, tmp_path, monkeypatch):
+    kept, forward = [], VisionTransformer.forward
+
+    def counting_forward(model, images):
+        def keep(tensor):                                                    # for the backward pass
+            kept[-1] += tensor.nbytes
+            return tensor
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return forward(model, images)
+    monkeypatch.setattr(VisionTransformer, "forward", counting_forward)
+    plain = run(photos, tmp_path / "plain", "--drop-path", 0.5)
+    much, before = kept[0], len(kept)
+    assert equal(run(photos, tmp_path / "less", "--drop-path", 0.5, "--recompute"), plain)
+    assert kept[before] < much / 3
+
+
 def test_another_seed_gives_another_run(photos, finished, tmp_path):
     other = run(photos, tmp_path / "run", "--seed", 1)
     assert largest_difference(other, torch.load(finished / "last.pt", weights_only=True)) > 0.01
@@ -244,7 +262,7 @@ def test_the_published_augmentation_reaches_the_model_and_resumes(photos, monkey
 @pytest.fixture
 def steps(monkeypatch):
     """What reaches the optimiser and the model in each iteration: [dict(lr, alpha, grads)]."""
-    seen, step, masks = [], torch.optim.AdamW.step, VisionTransformer.masks
+    seen, step, embed = [], torch.optim.AdamW.step, VisionTransformer.embed
 
     def spy_step(optimizer, *args):
         groups = optimizer.param_groups
@@ -253,12 +271,12 @@ def steps(monkeypatch):
                          grads=[p.grad.clone() for group in groups for p in group["params"]]))
         return step(optimizer, *args)
 
-    def spy_masks(model):
-        alphas.append(model.alpha.item())
-        return masks(model)
+    def spy_embed(model, images):
+        alphas.append(model.gate[0, -1].item())
+        return embed(model, images)
     alphas = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
-    monkeypatch.setattr(VisionTransformer, "masks", spy_masks)
+    monkeypatch.setattr(VisionTransformer, "embed", spy_embed)
     return seen
 
 
@@ -587,3 +605,12 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
     torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")
     assert said in refused(train, ["--resume", tmp_path, "--device", "cpu"], capsys)
+
+
+def test_an_unreadable_picture_is_one_sentence(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "val" / "dog" / "01.png").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), *SMALL, "--workers", "1"])
+    said = capsys.readouterr().err
+    assert re.fullmatch("error: .*dog/01.png cannot be read as a picture .*: replace or remove it\n", said)
