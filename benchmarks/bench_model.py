@@ -1,11 +1,11 @@
 """How fast a training step and inference are, and what they keep in memory, beside models that people would use otherwise.
 
     pip install --no-deps timm==0.5.4
-    python benchmarks/bench_model.py --out results/bench_model.jsonl
+    python benchmarks/bench_model.py --out results/bench_model/training.jsonl
     torchrun --nproc_per_node=2 benchmarks/bench_model.py ...              # gradients averaged over the ranks
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
-is the median of the turns. `peak` is the share of the fastest matrix product that the machine did between them: 2
+is the median of the turns. `peak` is the share of the speed of plain matrix products, measured between them: 2
 (inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
 `saved_mb` is what the forward pass keeps for the backward pass, `peak_mb` the most that a step holds at once over
 weights and images, both in 10^6 bytes.
@@ -178,10 +178,10 @@ def main():
     for key, (_, _, seconds) in contenders.items():
         name, dtype, compiled, img_size, batch_size = key
         rate = world * batch_size / statistics.median(seconds)
-        work = (6 if train else 2) * multiply_accumulates(name, img_size)
+        work, peak = (6 if train else 2) * multiply_accumulates(name, img_size), statistics.median(peaks[dtype])
         row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
                    ranks=world, training=train, images_per_s=round(rate, 2),
-                   peak=round(rate * work / max(peaks[dtype]), 3), matmul_gflops=round(max(peaks[dtype]) / 1e9),
+                   peak=round(rate * work / peak, 3), matmul_gflops=round(peak / 1e9),
                    **memory[key])
         if rank == 0:
             report(row, args.out)

@@ -4,7 +4,7 @@
     python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
 
 NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the
-authors' logs whose weights are published, and bench_*.jsonl what the programs in benchmarks/ appended.
+authors' logs whose weights are published; bench_data.jsonl and bench_model/ are what the programs in benchmarks/ said.
 """
 import argparse
 import inspect
@@ -63,20 +63,71 @@ def ladder_table():
     return "\n".join(lines)
 
 
+NAMES = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T", "torchvision base": "torchvision's vit_b_16",
+         "soft base": "iLLaMA-B, mask `soft`", "soft recompute": "iLLaMA-T, mask `soft`, `--recompute`"}
+COLUMNS = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
+
+
+def measured(run):
+    """The rows of one run of bench_model.py: {(model, dtype, compiled, img_size, batch_size): row}."""
+    return {tuple(row[key] for key in ("model", "dtype", "compiled", "img_size", "batch_size")): row
+            for row in rows(f"bench_model/{run}")}
+
+
+def title(name):
+    return NAMES.get(name, f"iLLaMA-T, mask `{name}`")
+
+
+def ratios(heading, run, names, *inputs):
+    """A table of images/s: that of the first of the names, and the others' as multiples of it."""
+    found = measured(run)
+    titles = [f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in COLUMNS]
+    lines = [f"| {heading} | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    for name in names:
+        pairs = [[found[model, *column, *inputs]["images_per_s"] for model in (name, names[0])] for column in COLUMNS]
+        cells = [f"{rate:.1f} images/s" if name == names[0] else f"{rate / peer:.2f} x" for rate, peer in pairs]
+        lines.append(f"| {title(name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def speed_table():
-    columns = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
-    rate = {(row["model"], row["dtype"], row["compiled"]): row["images_per_s"] for row in rows("bench_model")}
-    titles = [f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in columns]
-    lines = [f"| training step, 224 pixels, batch 16 | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
-    for name in dict.fromkeys(name for name, *_ in rate):
-        cells = [f"{rate['timm vit', *column]:.1f} images/s" if name == "timm vit" else
-                 f"{rate[name, *column] / rate['timm vit', *column]:.2f} x" for column in columns]
-        title = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T"}.get(name, f"iLLaMA-T, mask `{name}`")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    tiny = ["timm vit", "vit", "causal", "soft", "soft_log"]
+    lines = [*ratios("training step, 224 pixels, batch 16", "training", [*tiny, "soft recompute"], 224, 16), "",
+             *ratios("inference, 224 pixels, batch 16", "inference", tiny, 224, 16), "",
+             *ratios("training step, 224 pixels, batch 4", "base", ["torchvision base", "soft base"], 224, 4)]
+    soft = measured("training")["soft", "float32", True, 224, 16]
     theirs, ours = rows("bench_data")
-    return "\n".join([*lines, "", "From a JPEG file to a training picture of 224 pixels with the published augmentation:",
-                      f"{ours['images_per_s']} pictures/s on one core, {theirs['images_per_s']} with timm's pipeline: "
-                      f"{ours['ratio']:.2f} times as many."])
+    return "\n".join([
+        *lines, "", f"Compiled in float32, iLLaMA-T trains at {soft['peak']:.0%} of the speed at which the machine multiplies "
+        f"matrices ({soft['matmul_gflops']} GFLOP/s), counting the work of the paper's dense model.", "",
+        "From a JPEG file to a training picture of 224 pixels with the published augmentation:",
+        f"{ours['images_per_s']} pictures/s on one core, {theirs['images_per_s']} with timm's pipeline: "
+        f"{ours['ratio']:.2f} times as many."])
+
+
+def memory_table():
+    lines = ["| kept for the backward pass, float32 | 224 pixels, batch 16, eager | compiled | 384 pixels, batch 8, eager "
+             "| compiled |", "|---|--:|--:|--:|--:|"]
+    for name in ("timm vit", "vit", "causal", "soft_log", "soft", "soft recompute"):
+        saved = [measured(run)[name, "float32", compiled, *inputs]["saved_mb"]
+                 for run, inputs in (("training", (224, 16)), ("training-384", (384, 8))) for compiled in (False, True)]
+        lines.append(f"| {title(name)} | " + " | ".join(f"{mb:,.0f} MB" for mb in saved) + " |")
+    return "\n".join(lines)
+
+
+def growth_table():
+    lines = ["| iLLaMA-T, training, float32, compiled | images/s, mask `soft` | `causal` | timm's ViT-T "
+             "| kept an image, `soft` | `causal` | timm's |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for img_size in (224, 384, 512):
+        found = [measured("tokens")[name, "float32", True, img_size, 4] for name in ("soft", "causal", "timm vit")]
+        lines.append(f"| {(img_size // 16) ** 2 + 1} tokens ({img_size} pixels), batch 4 | "
+                     + " | ".join(f"{row['images_per_s']:.1f}" for row in found) + " | "
+                     + " | ".join(f"{row['saved_mb'] / 4:.0f} MB" for row in found) + " |")
+    for row in rows("bench_model/batch") + rows("bench_model/ranks"):
+        batch = f"{row['ranks']} x {row['batch_size']} on 2 ranks, a core each" if row["ranks"] > 1 else row["batch_size"]
+        lines.append(f"| 197 tokens, batch {batch} | {row['images_per_s']:.1f} | | "
+                     f"| {row['saved_mb'] / row['batch_size']:.0f} MB | | |")
+    return "\n".join(lines)
 
 
 def published_table():
@@ -112,7 +163,8 @@ of size T and for iLLaMA-S; the published parameter counts, to the digit, for al
 
 def written(readme):
     """The README's text with each part between its two marks made anew."""
-    parts = dict(claim=claim(), ladder=ladder_table(), runs=runs_table(), published=published_table(), speed=speed_table())
+    parts = dict(claim=claim(), ladder=ladder_table(), runs=runs_table(), published=published_table(), speed=speed_table(),
+                 memory=memory_table(), growth=growth_table())
     for mark, table in parts.items():
         before, after = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{table}\n{after[after.index('<!-- end -->'):]}"
