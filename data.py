@@ -12,9 +12,12 @@ of (seed, epoch, index). So no generator has a state to be saved, and the number
 `python data.py --data cifar10` saves a labelled grid of training pictures, as the model sees them.
 """
 import argparse
+import atexit
 import io
 import math
+import multiprocessing
 import random
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
@@ -105,7 +108,10 @@ def read_image(path):
             image = Image.open(io.BytesIO(file.read()))
         image.load()
     except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
-        raise ValueError(f"{path} cannot be read as a picture ({error}): replace or remove it") from error
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path} cannot be read as a picture ({reason}): replace or remove it") from error
+    if image.mode.startswith("I"):                         # 16 bits, which convert would clip to 8, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")            # convert would copy it
 
 
@@ -399,7 +405,8 @@ class Images(Dataset):
 
 
 class TrainSampler(Sampler):
-    """This rank's micro-batches of an epoch. Set .epoch before each; what is left of the last global batch is dropped.
+    """This rank's micro-batches of an epoch. Set .epoch before each, and .start to the iteration to begin with; what is
+    left of the last global batch is dropped.
 
     Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
     that share it.
@@ -407,17 +414,17 @@ class TrainSampler(Sampler):
 
     def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0):
         self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world, self.seed, self.epoch = rank, world, seed, 0
+        self.rank, self.world, self.seed, self.epoch, self.start = rank, world, seed, 0, 0
 
     def __len__(self):
-        return self.images // self.batch_size * self.accumulate
+        return (self.images // self.batch_size - self.start) * self.accumulate
 
     def __iter__(self):
         shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         order = torch.randperm(self.images, generator=shuffle)
         order = order[: self.images // self.batch_size * self.batch_size]
         order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
-        for batch in order[:, self.rank].tolist():
+        for batch in order[self.start * self.accumulate:, self.rank].tolist():
             yield [(self.epoch, index) for index in batch]
 
 
@@ -437,7 +444,22 @@ class EvalSampler(Sampler):
 
 def loader(images, sampler, workers, pin_memory=False):
     return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0)
+                      persistent_workers=workers > 0, worker_init_fn=leave_signals_to_the_parent)
+
+
+def leave_signals_to_the_parent(_):
+    """A worker that a signal to all processes of a run ended would end the run before it could save itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """multiprocessing would end those that are left by SIGTERM, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def seed_of(*key):

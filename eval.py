@@ -11,11 +11,13 @@ A checkpoint knows its model, its classes and its soft mask, so no flags say the
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 import torchvision
 
 from data import EvalSampler, Images, eval_transform, loader, normalize, open_data, read_image
-from model import Config, VisionTransformer, config_of, load_weights, read_checkpoint, weights_of
+from model import Config, VisionTransformer, check_fit, config_of, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices, shared with train.py
@@ -43,6 +45,7 @@ def explain():
         yield
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)   # the first process says it, and torchrun ends the others; unless all is well with the first
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -107,15 +110,17 @@ def default_workers():
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, dtype=torch.float32):
+def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
     """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
 
-    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s). Leaves the model in eval mode. ValueError if
-    a picture cannot be read.
+    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` was set in
+    between. Leaves the model in eval mode. ValueError if a picture cannot be read.
     """
     model.eval()
-    start, rows = time.time(), [torch.zeros(4)]
+    start, rows = time.time(), [torch.zeros(5)]
     for images, labels, faults in batches:
+        if stop.is_set():
+            break
         if any(faults):
             raise ValueError(next(filter(None, faults)))
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -123,12 +128,15 @@ def evaluate(model, batches, device, dtype=torch.float32):
             logits = model(normalize(images)).float()
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
+        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, *loss.new_tensor([len(labels), 0])]))
+    rows.append(torch.tensor([0.0, 0, 0, 0, stop.is_set()]))
     total = torch.stack([row.cpu() for row in rows]).double().sum(0)
     if dist.is_initialized():
         total = total.to(device)
         dist.all_reduce(total)
-    hits1, hits5, loss, images = total.tolist()
+    hits1, hits5, loss, images, stopped = total.tolist()
+    if stopped:
+        return None
     return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images,
                 images=int(images), time_images_per_s=images / (time.time() - start))
 
@@ -139,7 +147,8 @@ def open_checkpoint(source):
     if "config" in checkpoint:
         return require(checkpoint, ("model", "classes", "alpha", "run"), source)
     state = weights_of(checkpoint)
-    return dict(config=asdict(config_of(state, source)), model=state, classes=None, alpha=0.0, run=dict(dtype="float32"))
+    return dict(config=asdict(config_of(state, source)), model=state, classes=None, alpha=0.0,
+                run=dict(dtype="float32"))
 
 
 def require(checkpoint, keys, name):
@@ -153,12 +162,16 @@ def require(checkpoint, keys, name):
 
 def build(checkpoint):
     """The model of a checkpoint, with its weights and its soft mask."""
+    state = weights_of(checkpoint)
     try:
         cfg = Config(**checkpoint["config"])
-    except TypeError as error:
+        blocks = sum(name.endswith("norm1.weight") for name in state)
+        with torch.device("meta"):                     # shapes alone: a wrong configuration takes no memory or time
+            check_fit(VisionTransformer(replace(cfg, depth=min(cfg.depth, blocks + 1))), state)
+    except (TypeError, RuntimeError) as error:         # wrong fields, wrong kinds, shapes beyond all bounds
         raise ValueError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
     model = VisionTransformer(cfg)
-    load_weights(model, checkpoint)
+    model.load_state_dict(state)
     if checkpoint["alpha"] is not None:
         model.set_soft_mask(checkpoint["alpha"])
     return model

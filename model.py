@@ -19,6 +19,7 @@ import argparse
 import math
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -60,6 +61,9 @@ class Config:
         if self.rope and self.width // self.heads % 2:
             raise ValueError(f"rope turns pairs of channels, but a head has {self.width // self.heads}: "
                              "choose width and heads that make it even")
+        if self.tokens > 2 ** 14 + 1:                                # 2,048 pixels in patches of 16
+            raise ValueError(f"img_size {self.img_size} in patches of {self.patch_size} is {self.tokens:,} tokens, and "
+                             "attention to all of them needs memory for their square: make img_size smaller")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and less than 1")
         if self.mask not in MASKS:
@@ -380,17 +384,22 @@ def fetch(name):
 
 def read_checkpoint(source):
     """The dict in a file, by its path or published name. Only weights and plain types are read: a pickle that would run
-    code is refused. ValueError if there is nothing to read.
+    code is refused, and so is a file that has changed since it was written. ValueError if there is nothing to read.
     """
     path = fetch(source) if str(source) in PUBLISHED else source
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
     try:
+        if zipfile.is_zipfile(path):                                       # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):       # published files hold one, beside the weights
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
         raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types "
-                         f"({str(error).splitlines()[0]}): use another file") from error
+                         f"({(str(error).splitlines() or ['it is empty'])[0]}): use another file") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
     return checkpoint
@@ -433,6 +442,14 @@ def load_weights(model, source, new_head=False):
         notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} now")
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
 
+    check_fit(model, state)
+    model.load_state_dict(state)
+    return notes
+
+
+def check_fit(model, state):
+    """ValueError that lists what is missing, too much or of another shape in a state dict."""
+    own = model.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not in the model" for name in state.keys() - own.keys()]
     wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
@@ -441,8 +458,6 @@ def load_weights(model, source, new_head=False):
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:6])}{more}: "
                          "build the model that they were saved from")
-    model.load_state_dict(state)
-    return notes
 
 
 def resize_positions(pos, tokens, cls_last):

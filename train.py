@@ -7,7 +7,10 @@
     python train.py --resume                                   # go on with the newest run
 
 A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line an
-epoch), last.pt and best.pt; eval.py reads the last two.
+epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
+
+A run is a function of its flags: every random draw is made anew from what it is for, so a run that was interrupted and
+resumed is the run that was left alone. SIGTERM and SIGINT make it save itself and end with exit code 75.
 """
 import argparse
 import inspect
@@ -18,6 +21,9 @@ import math
 import os
 import random
 import re
+import signal
+import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (BUILT_IN, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
-                  seed_of, train_transform)
-from eval import Parser, default_workers, evaluate, explain, in_turn, require, setup
+                  seed_of, some, train_transform)
+from eval import Parser, build, default_workers, evaluate, explain, in_turn, require, setup
 from model import STEPS, Config, VisionTransformer, config, load_weights, read_checkpoint
 
 
@@ -130,6 +136,7 @@ class Machine:
     compile: bool = False        # torch.compile the model
     recompute: bool = False      # keep only the blocks' inputs for the backward pass: less memory, more time
     workers: int = default_workers()   # loader processes a rank
+    save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,19 +277,39 @@ def divide(recipe, world, strict):
 
 
 def find_resume(given):
-    """The checkpoint that --resume means, or None: it was not given, or nothing has been saved yet."""
+    """(path, checkpoint) that --resume means, the newest that is whole; (None, None) if nothing has been saved yet."""
     if "resume" not in given:
-        return None
+        return None, None
     if given["resume"] and "out" in given:
         raise ValueError(f"--resume {given['resume']} goes on in that folder: drop --out")
     place = Path(given["resume"] or given.get("out") or "out")
     if place.is_file():
-        return place
-    found = sorted([*place.glob("last.pt"), *place.glob("*/last.pt")], key=lambda path: path.stat().st_mtime)
-    if not found and given["resume"]:
-        raise ValueError(f"--resume {place}: no checkpoint there; check the path, or give --out {place} --resume, "
-                         "which starts where nothing has been saved")
-    return found[-1] if found else None
+        return place, read_run(place)
+    found = [*place.glob("last.pt"), *place.glob("prev.pt"), *place.glob("*/last.pt"), *place.glob("*/prev.pt")]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if not found:
+        if given["resume"]:
+            raise ValueError(f"--resume {place}: no checkpoint there; check the path, or give --out {place} --resume, "
+                             "which starts where nothing has been saved")
+        return None, None
+    faults = []
+    for path in found:
+        if path.parent == found[0].parent:
+            try:
+                checkpoint = read_run(path)
+            except ValueError as error:
+                faults.append(str(error))
+            else:
+                if faults and os.environ.get("RANK", "0") == "0":
+                    print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
+                return path, checkpoint
+    raise ValueError(f"no checkpoint in {found[0].parent} is whole ({'; '.join(faults)}): restore one, or start anew")
+
+
+def read_run(path):
+    return require(read_checkpoint(path), (
+        "run", "recipe", "config", "classes", "train_images", "model", "alpha", "optimizer", "scaler", "iteration",
+        "epoch", "tallies", "best_acc1"), path)
 
 
 def make_folder(out, name, resume):
@@ -302,24 +329,54 @@ def make_folder(out, name, resume):
         raise ValueError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error
 
 
-def write(path, content):
-    """Write bytes so that the file is whole at any moment: the old one or the new one."""
+def write(path, content, previous=None):
+    """Write bytes so that the file is whole at any moment, old or new; the old one is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written ({error.strerror}): make room for it, then go on with --resume; "
+                         "what was saved before is whole") from error
 
 
-def save(checkpoint, path):
-    buffer = io.BytesIO()
+def save(checkpoint, path, previous=None):
+    buffer = io.BytesIO()                # through memory: torch.save into a full disk hides the reason
     torch.save(checkpoint, buffer)
-    write(path, buffer.getbuffer())
+    write(path, buffer.getbuffer(), previous)
+
+
+def check_same(path, checkpoint, run, train, iterations_per_epoch, world):
+    """ValueError if the data are not those of the run to resume, or the ranks cannot take over."""
+    if list(train.classes) != list(checkpoint["classes"]):
+        raise ValueError(f"--data {run.data} has the classes {some(train.classes)}, but the run to resume had "
+                         f"{some(checkpoint['classes'])}: give the data that it was started with")
+    if len(train) != checkpoint["train_images"]:
+        raise ValueError(f"--data {run.data} has {len(train)} training pictures, but the run to resume had "
+                         f"{checkpoint['train_images']}: give the data that it was started with")
+    before = len(checkpoint["tallies"])
+    if before != world and checkpoint["iteration"] > checkpoint["epoch"] * iterations_per_epoch:
+        raise ValueError(f"{path} was saved within an epoch on {plural(before, 'rank')}, but here {world} would go on: "
+                         f"start {before}, or a new run from its weights with --init-from {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+PREEMPTED = 75                     # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
+stop = threading.Event()           # set by SIGTERM and SIGINT
+
+
+def too_many_faults(images):
+    """How many unreadable pictures an epoch may have: one in a hundred, or up to ten, but never all."""
+    return min(images - 1, max(10, images // 100))
 
 
 def make_optimizer(model, recipe):
@@ -337,6 +394,23 @@ def recompute_blocks(model):
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
+def on_any_rank(flags, device):
+    """Which of some flags are set on one rank or more."""
+    flags = torch.tensor(flags, dtype=torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def from_all_ranks(tensor):
+    """(ranks, *shape), on the CPU."""
+    if not dist.is_initialized():
+        return tensor.cpu()[None]
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor)
+    return torch.stack(tensors).cpu()
+
+
 def speed(since, iterations, waited, recipe):
     """Images/s and the share of time spent waiting for data since a mark (time, iterations, seconds waited)."""
     seconds = time.time() - since[0]
@@ -350,30 +424,26 @@ def main(argv=None):
         machine = Machine(**pick(Machine, given))
         if machine.workers < 0:
             raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
-        path = find_resume(given)
-        checkpoint = path and require(read_checkpoint(path), (
-            "run", "recipe", "config", "classes", "train_images", "model", "optimizer", "scaler", "iteration",
-            "best_acc1"), path)
+        if machine.save_every < 0:
+            raise ValueError(f"--save-every is {machine.save_every}; it must be at least 0")
+        path, checkpoint = find_resume(given)
         run, recipe, cfg = settle(given, checkpoint)
         rank, world, device, dtype = setup(machine.device, run.dtype)
         run = replace(run, dtype=str(dtype).removeprefix("torch."))
         micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
-        train = in_turn(open_data, run.data, "train", cfg.img_size, checkpoint and checkpoint["classes"])
+        train = in_turn(open_data, run.data, "train", cfg.img_size)
         val = in_turn(open_data, run.data, "val", cfg.img_size, train.classes)
         check_classes(run, len(train.classes), "recipe" in given)
         if len(train) < recipe.batch_size:
             raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
                              f"{recipe.batch_size}: make it smaller")
-        if checkpoint and checkpoint["train_images"] != len(train):
-            raise ValueError(f"--data {run.data} has {len(train)} training pictures, but the run to resume had "
-                             f"{checkpoint['train_images']}: give the data that it was started with")
+        iterations_per_epoch = len(train) // recipe.batch_size
+        if checkpoint:
+            check_same(path, checkpoint, run, train, iterations_per_epoch, world)
         cfg = replace(cfg, num_classes=len(train.classes))
         torch.manual_seed(seed_of("weights", run.seed))
-        model = VisionTransformer(cfg).to(device)
-        notes = []
-        if checkpoint:
-            load_weights(model, checkpoint)
-        elif run.init_from:
+        model, notes = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device), []
+        if run.init_from and not checkpoint:
             notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
         folder = path and path.parent
         if not path and (rank == 0 or machine.out):
@@ -387,7 +457,6 @@ def main(argv=None):
                            pin_memory=device.type == "cuda")
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
                          EvalSampler(len(val), micro_batch, rank, world), machine.workers)
-    iterations_per_epoch = len(train) // recipe.batch_size
     total = recipe.epochs * iterations_per_epoch
 
     if machine.recompute:
@@ -397,15 +466,18 @@ def main(argv=None):
     soft = cfg.mask.startswith("soft")
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    iteration, best, rows = 0, -1.0, []
+    iteration, first_epoch, best, rows = 0, 0, -1.0, []
+    alpha = None                                     # the soft mask's, if the model has one
+    tally = torch.zeros(2, device=device)            # this rank's, over the epoch: sum of losses, unreadable pictures
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        iteration, best = checkpoint["iteration"], checkpoint["best_acc1"]
+        iteration, first_epoch, best, alpha = (checkpoint[key] for key in ("iteration", "epoch", "best_acc1", "alpha"))
+        if iteration > first_epoch * iterations_per_epoch:
+            tally = checkpoint["tallies"][rank].to(device)
         with suppress(FileNotFoundError):
-            rows = (folder / "metrics.jsonl").read_text().splitlines()[: iteration // iterations_per_epoch]
-    # buffers are tables, the same on every rank
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+            rows = (folder / "metrics.jsonl").read_text().splitlines()[:first_epoch]
+    net = DistributedDataParallel(model) if world > 1 else model
     n_parameters = sum(p.numel() for p in model.parameters())
 
     say(f"model   {run.size}, step {run.step}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
@@ -422,18 +494,44 @@ def main(argv=None):
     settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
                     train_images=len(train))
     if rank == 0:
-        write(folder / "config.json", json.dumps(settings, indent=1).encode())
-    say(f"resume  {path} at iteration {iteration:,} of {total:,}" if path else
-        f"run     {folder}{', nothing to resume' if 'resume' in given else ''}")
+        for stale in folder.glob("*.tmp"):           # of a process that was killed while it wrote
+            stale.unlink()
+        if path and path.name == "prev.pt" and given["resume"] != str(path):
+            os.replace(path, folder / "last.pt")     # or the next save would put a damaged last.pt in its place
+        with explain():
+            write(folder / "config.json", json.dumps(settings, indent=1).encode())
+    say(f"resume  {path} at iteration {iteration:,} of {total:,}{', finished' if first_epoch == recipe.epochs else ''}"
+        if path else f"run     {folder}{', nothing to resume' if 'resume' in given else ''}")
 
-    for epoch in range(iteration // iterations_per_epoch, recipe.epochs):
+    def save_state(epoch, improved=False):
+        """Write last.pt, and best.pt if `improved`; all ranks take part. `epoch` is the first one not evaluated yet."""
+        tallies = from_all_ranks(tally)
+        if rank == 0:
+            weights = dict(**settings, model=model.state_dict(), alpha=alpha, iteration=iteration, epoch=epoch,
+                           best_acc1=best)
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), tallies=tallies)
+            with explain():
+                if improved:
+                    save(weights, folder / "best.pt")
+                save(weights | state, folder / "last.pt", previous=folder / "prev.pt")
+
+    def preempt(epoch):
+        save_state(epoch)
+        say(f"preempted at iteration {iteration}; go on with --resume {folder}")
+        if world > 1:
+            dist.barrier()                           # or torchrun would end rank 0 because another rank has ended
+        sys.exit(PREEMPTED)
+
+    unreadable = set()                               # pictures that this process has warned of
+    for epoch in range(first_epoch, recipe.epochs):
         model.train()
-        sampler.epoch = epoch                        # before iter(): workers ask for their first batches at once
-        batches = iter(train_batches)
-        loss_sum, waited = torch.zeros((), device=device), 0.0
-        shown = epoch_started = time.time(), 0, waited           # when, iterations until then, seconds without data
-        bar = tqdm(total=iterations_per_epoch, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
-        for step in range(iterations_per_epoch):
+        begin = iteration - epoch * iterations_per_epoch         # 0, but for a run that was stopped within the epoch
+        sampler.epoch, sampler.start = epoch, begin  # before iter(): workers ask for their first batches at once
+        batches, waited = iter(train_batches), 0.0
+        shown = epoch_started = time.time(), begin, waited       # when, iterations until then, seconds without data
+        bar = tqdm(total=iterations_per_epoch, initial=begin, desc=f"epoch {epoch}", leave=False,
+                   disable=None if rank == 0 else True)
+        for step in range(begin, iterations_per_epoch):
             lr = lr_at(iteration, recipe, iterations_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -445,9 +543,11 @@ def main(argv=None):
                 asked = time.time()
                 images, labels, faults = next(batches)
                 waited += time.time() - asked
-                with explain():
-                    if any(faults):
-                        raise ValueError(next(filter(None, faults)))
+                for fault in filter(None, faults):
+                    tally[1] += 1
+                    if fault not in unreadable:
+                        unreadable.add(fault)
+                        tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 rng, images = random.Random(f"{run.seed} {iteration} {rank} {micro}"), normalize(images)
                 if recipe.erasing:
@@ -459,10 +559,20 @@ def main(argv=None):
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
                     scaler.scale(loss / accumulate).backward()
-                loss_sum += loss.detach()
-            if recipe.clip_grad:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+                tally[0] += loss.detach()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            sound = tally[0].isfinite() and (norm.isfinite() or scaler.is_enabled())   # it skips steps that overflow
+            stopping, diverged, too_many = on_any_rank(
+                [stop.is_set(), not sound, tally[1] * world > too_many_faults(len(train))], device)
+            with explain():
+                if diverged:
+                    raise ValueError(f"the loss or its gradient is not a finite number at iteration {iteration}; it was "
+                                     f"not applied, and {folder} holds the run as it was last saved: try a smaller --lr "
+                                     "or --dtype float32")
+                if too_many:
+                    raise ValueError(f"more than {too_many_faults(len(train)):,} of {len(train):,} training pictures "
+                                     "cannot be read: see the warnings, and replace or remove them")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -479,35 +589,39 @@ def main(argv=None):
                 if bar.disable:
                     say(f"epoch {epoch}  {step + 1}/{iterations_per_epoch}  {text}")
                 shown = time.time(), step + 1, waited
+            if stopping:
+                bar.close()
+                preempt(epoch)
+            if machine.save_every and iteration % machine.save_every == 0:
+                save_state(epoch)
         bar.close()
         rate, waiting = speed(epoch_started, iterations_per_epoch, waited, recipe)
 
-        if world > 1:
-            dist.all_reduce(loss_sum)
         with explain():
-            result = evaluate(model, val_batches, device, dtype)
+            result = evaluate(model, val_batches, device, dtype, stop)
+        if result is None:
+            preempt(epoch)
+        losses, faults = from_all_ranks(tally).double().sum(0).tolist()
+        tally.zero_()
         span = range(iteration - iterations_per_epoch, iteration)
         row = dict(
             step=run.step, seed=run.seed, epoch=epoch,
-            train_loss=loss_sum.item() / (iterations_per_epoch * accumulate * world),
+            train_loss=losses / (iterations_per_epoch * accumulate * world),
             train_lr=fmean(lr_at(i, recipe, iterations_per_epoch) for i in span),
             train_soft_mask_rate=fmean(soft_mask_at(i, recipe, iterations_per_epoch) for i in span) if soft else None,
             **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
-            time_s=time.time() - started, time_images_per_s=rate, time_waiting=waiting)
+            unreadable=int(faults), time_s=time.time() - started, time_images_per_s=rate, time_waiting=waiting)
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
             f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
             f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")
+        rows.append(json.dumps(row))
         if rank == 0:
-            rows.append(json.dumps(row))
-            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
-            final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)
-            improved = final and result["test_acc1"] > best   # accuracies under different masks do not compare
-            best = result["test_acc1"] if improved else best
-            weights = dict(**settings, model=model.state_dict(), alpha=alpha if soft else None, iteration=iteration,
-                           best_acc1=best)
-            if improved:
-                save(weights, folder / "best.pt")
-            save(dict(**weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict()), folder / "last.pt")
+            with explain():
+                write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)
+        improved = final and row["test_acc1"] > best     # accuracies under different masks do not compare
+        best = row["test_acc1"] if improved else best
+        save_state(epoch + 1, improved)
 
     say(f"done    top-1 {best:.2f} % in {folder / 'best.pt'}; evaluate it: "
         f"python eval.py {folder / 'best.pt'} --data {run.data}")
@@ -516,4 +630,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     main()

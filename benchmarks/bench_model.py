@@ -156,7 +156,7 @@ def main():
         model = MODELS[name](img_size).train(train)
         if compiled:
             model.compile()
-        net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+        net = DistributedDataParallel(model) if world > 1 else model
         batch = (torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)),
                  getattr(torch, dtype), train)
         for _ in range(2):

@@ -4,7 +4,7 @@
     python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
 
 NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the
-authors' logs whose weights are published; bench_data.jsonl and bench_model/ are what the programs in benchmarks/ said.
+authors' logs whose weights are published; bench_*, soak-* are what the programs in benchmarks/ said.
 """
 import argparse
 import inspect
@@ -130,6 +130,21 @@ def growth_table():
     return "\n".join(lines)
 
 
+def soak_table():
+    lines = ["Two ranks with four loader processes each, and as many for evaluation, over 20 minutes: memory that a process shares",
+             "with none, in MB, and its open files (`benchmarks/soak.py`).", "",
+             "| data | process | minute 2 | minute 10 | minute 20 | open files |", "|---|---|--:|--:|--:|--:|"]
+    for data in ("shapes", "photos"):
+        looks = rows(f"soak-{data}")
+        looks = [min(looks, key=lambda row: abs(row["minute"] - minute)) for minute in (2, 10, 20)]
+        for kind, part in (("ranks", slice(0, 2)), ("loaders", slice(2, None))):
+            own = [row["own_mb"][part] for row in looks]
+            files = [max(row["open_files"][part]) for row in looks]
+            lines.append(f"| {data} | {kind} | " + " | ".join(f"{min(mb):.0f} to {max(mb):.0f}" for mb in own)
+                         + f" | at most {', '.join(map(str, files))} |")
+    return "\n".join(lines)
+
+
 def published_table():
     lines = ["| weights | parameters | epoch | top-1 | top-5 | loss |", "|---|--:|--:|--:|--:|--:|"]
     for row in rows("published"):
@@ -164,7 +179,7 @@ of size T and for iLLaMA-S; the published parameter counts, to the digit, for al
 def written(readme):
     """The README's text with each part between its two marks made anew."""
     parts = dict(claim=claim(), ladder=ladder_table(), runs=runs_table(), published=published_table(), speed=speed_table(),
-                 memory=memory_table(), growth=growth_table())
+                 memory=memory_table(), growth=growth_table(), soak=soak_table())
     for mark, table in parts.items():
         before, after = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{table}\n{after[after.index('<!-- end -->'):]}"

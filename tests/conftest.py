@@ -1,4 +1,5 @@
 """What several test files need: a small folder of pictures, and a run on it."""
+import json
 import os
 import random
 import socket
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -65,7 +67,7 @@ def torchrun(ranks, *command, machines=1):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
-    out, err = zip(*(process.communicate() for process in running))
+    out, err = zip(*(process.communicate(timeout=100) for process in running))
     return running[0].returncode, "".join(out), "".join(err)
 
 
@@ -77,3 +79,24 @@ def refused(program, argv, capsys):
     assert end.value.code == 2 and said.out == ""
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     return said.err
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder):
+    """The rows of metrics.jsonl without what differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time_")} for row in rows]
+
+
+def equal(one, other):
+    """Whether two checkpoints are the same, tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other

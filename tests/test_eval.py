@@ -2,6 +2,7 @@
 import argparse
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,21 @@ def test_top_5_counts_the_five_largest_logits():
         def forward(self, images):
             return -torch.arange(10.).expand(len(images), 10)
     labels = torch.tensor([0, 0, 1, 4, 5, 9])
-    batches = [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), part) for part in labels.split(3)]
+    batches = [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), part, ["", "", ""]) for part in labels.split(3)]
     result = evaluation.evaluate(Ranked(), batches, torch.device("cpu"))
     assert result["test_acc1"] == pytest.approx(100 * 2 / 6) and result["test_acc5"] == pytest.approx(100 * 4 / 6)
     assert result["images"] == 6
+
+
+def test_a_request_to_stop_ends_an_evaluation_before_its_next_batch():
+    class Asked(torch.nn.Module):
+        def forward(self, images):
+            stop.set()
+            seen.append(len(images))
+            return torch.zeros(len(images), 10)
+    stop, seen = threading.Event(), []
+    batches = 5 * [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ["", "", ""])]
+    assert evaluation.evaluate(Asked(), batches, torch.device("cpu"), stop=stop) is None and seen == [3]
 
 
 def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
@@ -64,16 +76,21 @@ def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
 
 
 @pytest.mark.slow
-def test_every_picture_counts_once_on_one_two_and_three_ranks(finished):
+@pytest.mark.parametrize("pictures, all_ranks", [(7, (1, 2, 3)), (1, (2,))])
+def test_every_picture_counts_once_on_one_two_and_three_ranks(pictures, all_ranks, photos, finished, tmp_path):
+    for path in sorted((photos / "val").glob("*/*.png"))[:pictures]:
+        (tmp_path / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "val" / path.parent.name)
     results = []
-    for ranks in (1, 2, 3):
-        flags = [finished / "best.pt", "--json", "--workers", 0, "--batch-size", 3]
+    for ranks in all_ranks:
+        flags = [finished / "best.pt", "--data", tmp_path, "--json", "--workers", 0, "--batch-size", 2]
         code, said, errors = torchrun(ranks, ROOT / "eval.py", *flags)
         assert code == 0, errors
         results.append(json.loads(said))                                     # one line, whatever the ranks
-    for name in ("images", "test_acc1", "test_acc5"):
-        assert results[0][name] == results[1][name] == results[2][name]
-    assert results[0]["test_loss"] == pytest.approx(results[2]["test_loss"], rel=1e-6)
+        assert results[-1]["images"] == pictures
+        for name in ("test_acc1", "test_acc5"):
+            assert results[-1][name] == results[0][name]
+        assert results[-1]["test_loss"] == pytest.approx(results[0]["test_loss"], rel=1e-6)
 
 
 def test_the_best_checkpoint_scores_what_training_said(finished, capsys):

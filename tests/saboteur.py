@@ -1,0 +1,54 @@
+"""train.py, to which something happens.
+
+    python saboteur.py RANK MOMENT NUMBER FAULT [flags of train.py]
+
+MOMENT is "build" (of the model), "train" or "evaluate" (a forward pass there). FAULT strikes the process RANK at the
+NUMBER-th such moment: a signal's name, "SIGINT to all", which is Ctrl-C, "SIGTERM to the launcher", "full disk" or "nan".
+"""
+import os
+import resource
+import runpy
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import model
+
+rank, moment, number, fault, *flags = sys.argv[1:]
+moments = Counter()
+
+
+def reached(now):
+    moments[now] += 1
+    return now == moment and moments[now] == int(number) and os.environ.get("RANK", "0") == rank
+
+
+def strike():
+    if fault == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))          # bytes a file
+    elif fault == "SIGINT to all":
+        os.killpg(0, signal.SIGINT)
+    elif fault == "SIGTERM to the launcher":
+        os.kill(os.getppid(), signal.SIGTERM)
+    elif fault != "nan":
+        os.kill(os.getpid(), signal.Signals[fault])
+
+
+class Sabotaged(model.VisionTransformer):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        if self.cls_token.device.type != "meta" and reached("build"):
+            strike()
+
+    def forward(self, images):
+        logits = super().forward(images)
+        if reached("train" if self.training else "evaluate"):
+            strike()
+            return logits * float("nan") if fault == "nan" else logits
+        return logits
+
+
+model.VisionTransformer = Sabotaged
+sys.argv = ["train.py", *flags]
+runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")

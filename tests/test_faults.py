@@ -1,0 +1,460 @@
+"""What a run survives, and what it refuses: each test provokes a fault of the kind that long runs meet."""
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from conftest import ROOT, SMALL, equal, load, metrics, refused, torchrun
+from data import Images, eval_transform, open_data, read_image, train_transform
+
+SAVING = ["--drop-path", "0.5", "--save-every", "2"]      # randomness in the model, and checkpoints within the epochs
+
+
+def run(photos, out, *flags):
+    """Train in this process: 6 iterations, 3 an epoch, 8 pictures each."""
+    train.main(["--data", str(photos), "--out", str(out), *SMALL, *SAVING, *map(str, flags)])
+
+
+def resume(*flags):
+    train.main(["--resume", *map(str, flags), "--device", "cpu", "--save-every", "2"])
+
+
+def sabotaged(ranks, photos, out, *fault_and_flags):
+    """Train in other processes, one of which meets a fault (see saboteur.py). Returns (exit code, stdout, stderr)."""
+    fault, flags = fault_and_flags[:4], fault_and_flags[4:]
+    command = [ROOT / "tests" / "saboteur.py", *fault, "--data", photos, "--out", out, *SMALL, *SAVING, *flags]
+    if ranks > 1:
+        result = torchrun(ranks, *command)
+    else:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment,
+                                 timeout=100, start_new_session=True)
+        result = process.returncode, process.stdout, process.stderr
+    deadline = time.time() + 20
+    while left_behind(out):
+        assert time.time() < deadline, left_behind(out)
+        time.sleep(0.2)
+    return result
+
+
+def left_behind(mark):
+    """Processes with `mark` on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(mark) in process.read_bytes():
+                found.append(process.parent.name)
+        except OSError:                                                      # it has ended
+            pass
+    return found
+
+
+def same(one, other):
+    """Whether two runs ended with the same checkpoints, bit for bit, and the same metrics."""
+    return (equal(load(one / "last.pt"), load(other / "last.pt")) and metrics(one) == metrics(other)
+            and equal(load(one / "best.pt"), load(other / "best.pt")))
+
+
+@pytest.fixture(scope="module")
+def alone(photos, tmp_path_factory):
+    """A run that nothing happened to."""
+    run(photos, tmp_path_factory.mktemp("alone") / "run")
+    return tmp_path_factory.getbasetemp() / "alone0" / "run"
+
+
+@pytest.fixture(scope="module")
+def alone2(photos, tmp_path_factory):
+    """The same on two ranks."""
+    folder = tmp_path_factory.mktemp("alone2") / "run"
+    code, _, errors = torchrun(2, ROOT / "train.py", "--data", photos, "--out", folder, *SMALL, *SAVING)
+    assert code == 0, errors
+    return folder
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+def crash_in(monkeypatch, owner, name, at, before=False):
+    """Let the `at`-th call of owner.name end the process, after it or `before` it."""
+    calls, function = [], getattr(owner, name)
+
+    def crashing(*args, **kwargs):
+        calls.append(args)
+        if before and len(calls) == at:
+            raise Crash
+        result = function(*args, **kwargs)
+        if len(calls) == at:
+            raise Crash
+        return result
+    monkeypatch.setattr(owner, name, crashing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted and resumed: the run left alone
+
+
+@pytest.mark.parametrize("iteration", range(1, 7))
+def test_a_run_killed_at_any_iteration_ends_as_the_run_left_alone(iteration, photos, alone, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", iteration)
+        run(photos, tmp_path / "run")
+    torch.rand(7)                                                            # whatever state the generators are in
+    random.random()
+    run(photos, tmp_path / "run", "--resume", "--workers", 1)
+    assert same(tmp_path / "run", alone)
+
+
+def test_a_run_interrupted_three_times_ends_as_the_run_left_alone(photos, alone, monkeypatch, tmp_path):
+    for iteration in (3, 2, 2):                                              # of those since the last checkpoint
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            crash_in(patch, torch.optim.AdamW, "step", iteration)
+            run(photos, tmp_path / "run", "--resume")
+    run(photos, tmp_path / "run", "--resume")
+    assert same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("flags", [["--augment", "--erasing", "0.5", "--mixup", "0.8", "--cutmix", "1", "--img-size", "48"],
+                                   ["--dtype", "bfloat16", "--micro-batch", "2"]])
+def test_mixing_erasing_and_accumulation_resume_exactly(flags, photos, monkeypatch, tmp_path):
+    run(photos, tmp_path / "alone", *flags)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 5)
+        run(photos, tmp_path / "run", *flags)
+    resume(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "alone")
+
+
+def test_after_a_resume_an_epoch_goes_on_with_the_pictures_that_it_has_not_seen(photos, monkeypatch, tmp_path):
+    taken, load_one = [], Images.__getitem__
+    monkeypatch.setattr(Images, "__getitem__", lambda images, key: taken.append(key) or load_one(images, key))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, train, "save", 1)                                    # with iteration 2 saved
+        run(photos, tmp_path / "run")
+    resume(tmp_path / "run", "--workers", 0)
+    first_epoch = [index for epoch, index in taken if epoch == 0][:24]       # later ones are evaluated
+    assert sorted(first_epoch) == list(range(24))
+
+
+def test_a_finished_run_says_so(photos, finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.suffix == ".pt"}
+    (finished / "last.pt.tmp").write_bytes(b"left by a process that was killed")
+    resume(finished)
+    assert not (finished / "last.pt.tmp").exists()
+    assert "last.pt at iteration 6 of 6, finished\n" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.suffix == ".pt"} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment, number, fault, iteration", [
+    ("build", 1, "SIGTERM", 1), ("train", 2, "SIGTERM", 2), ("train", 4, "SIGINT to all", 4), ("evaluate", 1, "SIGTERM", 3)])
+def test_a_signal_ends_a_run_that_resumes_exactly(moment, number, fault, iteration, photos, alone, tmp_path):
+    code, said, errors = sabotaged(1, photos, tmp_path / "run", 0, moment, number, fault, "--workers", 2)
+    assert code == 75 and errors == ""
+    assert said.splitlines()[-1].startswith(f"preempted at iteration {iteration};")
+    assert load(tmp_path / "run" / "last.pt")["iteration"] == iteration
+    resume(tmp_path / "run")
+    assert same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, moment, number, fault", [
+    (0, "train", 4, "SIGTERM to the launcher"), (1, "build", 1, "SIGTERM"), (1, "train", 2, "SIGTERM"),
+    (1, "evaluate", 1, "SIGTERM")])
+def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, photos, alone2, tmp_path):
+    start = time.time()
+    code, said, _ = sabotaged(2, photos, tmp_path / "run", rank, moment, number, fault, "--workers", 1)
+    assert code != 0 and time.time() - start < 30
+    iteration = load(tmp_path / "run" / "last.pt")["iteration"]
+    assert said.splitlines()[-1].startswith(f"preempted at iteration {iteration};")
+    code, _, errors = torchrun(2, ROOT / "train.py", "--resume", tmp_path / "run")
+    assert code == 0, errors
+    assert same(tmp_path / "run", alone2)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_the_run_resumes_exactly(photos, alone2, tmp_path):
+    code, said, _ = sabotaged(2, photos, tmp_path / "run", 1, "train", 5, "SIGKILL", "--workers", 2)
+    assert code != 0 and "\r" not in said
+    assert load(tmp_path / "run" / "last.pt")["iteration"] == 4
+    assert len(metrics(tmp_path / "run")) == 1                               # every line parses
+    code, _, errors = torchrun(2, ROOT / "train.py", "--resume", tmp_path / "run", "--workers", 1)
+    assert code == 0, errors
+    assert same(tmp_path / "run", alone2)
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_stops_all_before_it_reaches_the_weights(photos, tmp_path):
+    code, _, errors = sabotaged(2, photos, tmp_path / "run", 1, "train", 4, "nan")
+    assert code != 0
+    assert errors.count("error: the loss or its gradient is not a finite number at iteration 3;") == 1
+    last = load(tmp_path / "run" / "last.pt")
+    assert last["iteration"] == 3 and all(value.isfinite().all() for value in last["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("at", range(1, 14))
+def test_a_run_killed_while_it_writes_has_a_checkpoint_that_loads(at, photos, alone, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, os, "replace", at, before=True)                      # each step of each file's writing
+        run(photos, tmp_path / "run")
+    assert list((tmp_path / "run").glob("*.tmp"))
+    run(photos, tmp_path / "run", "--resume")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert same(tmp_path / "run", alone)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(monkeypatch, tmp_path):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(("fsync", os.path.basename(os.readlink(
+        f"/proc/self/fd/{file}")), os.fstat(file).st_size)) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(("replace", old.name)) or replace(old, new))
+    train.write(tmp_path / "a", b"12345")
+    assert calls == [("fsync", "a.tmp", 5), ("replace", "a.tmp")] and (tmp_path / "a").read_bytes() == b"12345"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_told_and_what_was_saved_is_whole(ranks, photos, alone, alone2, tmp_path):
+    code, _, errors = sabotaged(ranks, photos, tmp_path / "run", 0, "train", 4, "full disk")
+    assert code != 0
+    assert f"error: {tmp_path}/run/last.pt cannot be written (File too large): make room for it" in errors
+    assert load(tmp_path / "run" / "last.pt")["iteration"] == 3 and not list((tmp_path / "run").glob("*.tmp"))
+    if ranks == 1:
+        resume(tmp_path / "run")
+        assert same(tmp_path / "run", alone)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4                                          # within a weight
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(damage, photos, alone, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path / "run")
+    damage(tmp_path / "run" / "last.pt")
+    said = refused(evaluation, [tmp_path / "run" / "last.pt"], capsys)
+    assert "run/last.pt cannot be read as a checkpoint" in said
+    said = refused(train, ["--resume", tmp_path / "run" / "last.pt"], capsys)            # an explicit file
+    assert "run/last.pt cannot be read as a checkpoint" in said
+    run(photos, tmp_path / "run", "--resume")
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: going on from {tmp_path}/run/prev.pt, the one before, for ")
+    assert f"resume  {tmp_path}/run/prev.pt at iteration 6 of 6" in said.out
+    assert same(tmp_path / "run", alone)
+    shutil.copytree(alone, tmp_path / "both")
+    for name in ("last.pt", "prev.pt"):
+        damage(tmp_path / "both" / name)
+    said = refused(train, ["--data", photos, "--out", tmp_path / "both", *SMALL, "--resume"], capsys)
+    assert f"no checkpoint in {tmp_path}/both is whole (" in said
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_the_last_whole_checkpoint_outlives_a_damaged_one(at, photos, alone, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 5)
+        run(photos, tmp_path / "run")
+    flip_a_bit(tmp_path / "run" / "last.pt")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, os, "replace", at, before=True)                      # until last.pt is prev.pt, not replaced yet
+        run(photos, tmp_path / "run", "--resume")
+    run(photos, tmp_path / "run", "--resume")
+    assert same(tmp_path / "run", alone)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(photos, alone, tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+    torch.save(load(alone / "last.pt") | dict(scaler=Trap()), tmp_path / "last.pt")
+    for program, flags in ((train, ["--resume", tmp_path]), (train, ["--resume", tmp_path / "last.pt"]),
+                           (train, ["--data", photos, *SMALL, "--init-from", tmp_path / "last.pt"]),
+                           (evaluation, [tmp_path / "last.pt"])):
+        assert "last.pt cannot be read as a checkpoint of weights and plain types" in refused(program, flags, capsys)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_nothing_is_loaded_but_weights_and_plain_types():
+    sources = [path.read_text() for path in ROOT.glob("*.py") if not path.name.startswith("test_")]
+    loads = [call for source in sources for call in re.findall(r"torch\.load\(.*", source)]
+    assert len(loads) == 1 and "weights_only=True" in loads[0]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(width=2 ** 20), dict(depth=10 ** 6), dict(img_size=10 ** 6), dict(num_classes=10 ** 9), dict(heads=64),
+    dict(width=10 ** 12, heads=1), dict(img_size=4096, patch_size=8, abs_pos=False)])
+def test_absurd_shapes_are_refused_before_memory_is_taken(changes, alone, tmp_path, capsys):
+    checkpoint = load(alone / "last.pt")
+    if changes.get("abs_pos") is False:
+        checkpoint["model"].pop("pos_embed")
+    torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "last.pt")
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+    for program, flags in ((evaluation, [tmp_path / "last.pt"]), (train, ["--resume", tmp_path, "--device", "cpu"])):
+        if changes == dict(heads=64):                                        # as many weights: nothing to notice
+            continue
+        refused(program, flags, capsys)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000 and time.time() - start < 10   # kB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not go on
+
+
+def test_within_an_epoch_the_ranks_stay_as_many(photos, alone, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, train, "save", 1)
+        run(photos, tmp_path / "run")
+    checkpoint = load(tmp_path / "run" / "last.pt")
+    torch.save(checkpoint | dict(tallies=checkpoint["tallies"].repeat(2, 1)), tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    said = refused(train, ["--resume", tmp_path / "run", "--device", "cpu"], capsys)
+    assert "last.pt was saved within an epoch on 2 ranks, but here 1 would go on: start 2, or a new run from its" in said
+    train.main(["--data", str(photos), "--out", str(tmp_path / "new"), *SMALL, "--init-from",
+                str(tmp_path / "run" / "last.pt")])
+    shutil.copytree(alone, tmp_path / "whole")                               # at an epoch's end any number will do
+    whole = load(alone / "last.pt")
+    torch.save(whole | dict(tallies=whole["tallies"].repeat(2, 1)), tmp_path / "whole" / "last.pt")
+    resume(tmp_path / "whole")
+
+
+def test_a_run_does_not_go_on_with_other_classes(photos, alone, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "owl").rename(tmp_path / "photos" / split / "ant")
+    said = refused(train, ["--resume", alone, "--data", tmp_path / "photos", "--device", "cpu"], capsys)
+    assert "has the classes ant, cat, dog, but the run to resume had cat, dog, owl: give the data that it was" in said
+
+
+def test_half_an_environment_of_torchrun_is_refused(photos, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    said = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL], capsys)
+    assert "RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start with torchrun" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_one_rank_under_torchrun_is_the_run_without_it(photos, alone, tmp_path):
+    code, said, errors = torchrun(1, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *SAVING)
+    assert code == 0, errors
+    assert metrics(tmp_path / "run") == metrics(alone) and "\r" not in said + errors
+
+
+def test_a_folder_that_cannot_be_made_is_refused(photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    said = refused(train, ["--data", photos, "--out", tmp_path / "file" / "run", *SMALL], capsys)
+    assert f"--out {tmp_path}/file/run cannot be made (Not a directory): give another folder" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def spoiled(photos, root, names):
+    shutil.copytree(photos, root)
+    for name, content in zip(names, (b"", b"no picture", (root / names[0]).read_bytes()[:60])):
+        (root / name).write_bytes(content)
+    return root
+
+
+def test_unreadable_training_pictures_are_warned_of_once_and_counted(photos, monkeypatch, tmp_path, capsys):
+    names = ["train/cat/00.png", "train/cat/03.png", "train/owl/05.png"]
+    data = spoiled(photos, tmp_path / "photos", names)
+    run(data, tmp_path / "alone")
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and all(line.startswith("warning: ") for line in warnings)
+    for name in names:
+        assert sum(f"{data}/{name} cannot be read as a picture" in line for line in warnings) == 1
+    assert [row["unreadable"] for row in metrics(tmp_path / "alone")] == [3, 3]
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 3)
+        run(data, tmp_path / "run", "--workers", 1)
+    resume(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_run_stops_when_too_many_pictures_are_unreadable(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    for path in (tmp_path / "photos" / "train").glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "photos", tmp_path / "run", "--workers", 1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and last == ("error: more than 10 of 24 training pictures cannot be read: see the "
+                                            "warnings, and replace or remove them")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_unreadable_picture_in_val_is_an_error_that_names_it(workers, photos, tmp_path, capsys):
+    data = spoiled(photos, tmp_path / "photos", ["val/dog/01.png"])
+    with pytest.raises(SystemExit) as end:
+        run(data, tmp_path / "run", "--workers", workers)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.fullmatch("error: .*dog/01.png cannot be read as a picture .*: replace or remove it\n", said)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2)])
+def test_pictures_of_any_shape_become_squares(size, tmp_path):
+    Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "a.png")
+    source = [(Image.open(tmp_path / "a.png"), 0)]
+    for side in (32, 64, 384):
+        for transform in (train_transform, eval_transform):
+            image = transform(source[0][0], random.Random(0), side)
+            assert image.size == (side, side) and image.getpixel((side // 2, side // 2))[0] > 190
+
+
+def test_a_broken_exif_does_not_matter(tmp_path):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    shutil.move(tmp_path / "a.jpg", tmp_path / "val" / "a")
+    image, _ = open_data(str(tmp_path), "val", 32)[0]
+    assert image.size == (40, 30) and image.mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    grey = Image.new("I;16", (4, 4), 0x8000)
+    grey.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_classes_are_sorted_as_names_and_numbers_keep_their_place(photos, tmp_path, capsys):
+    for number, name in ((0, "cat"), (10, "dog"), (2, "owl")):
+        for split in ("train", "val"):
+            shutil.copytree(photos / split / name, tmp_path / "photos" / split / str(number))
+    run(tmp_path / "photos", tmp_path / "run")
+    assert load(tmp_path / "run" / "best.pt")["classes"] == ["0", "10", "2"]
+    shutil.move(tmp_path / "photos" / "val" / "0", tmp_path)                 # labels must not move up
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / "run" / "best.pt"), "--data", str(tmp_path / "photos"), "--json"])
+    whole = json.loads(capsys.readouterr().out)
+    source = open_data(str(tmp_path / "photos"), "val", 16, ["0", "10", "2"])
+    assert whole["images"] == len(source) and {label for _, label in source.samples} == {1, 2}
