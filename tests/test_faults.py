@@ -208,6 +208,23 @@ def test_a_nan_on_one_rank_stops_all_before_it_reaches_the_weights(photos, tmp_p
     assert last["iteration"] == 3 and all(value.isfinite().all() for value in last["model"].values())
 
 
+@pytest.mark.slow
+def test_a_program_ends_at_once_though_its_workers_ignore_signals(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import sys
+from data import Images, Shapes, TrainSampler, eval_transform, loader
+images = Images(Shapes("train", 16), lambda image, rng: eval_transform(image, rng, 16))
+batches = iter(loader(images, TrainSampler(400, 8), workers=2))              # held until the interpreter is gone
+next(batches)
+sys.exit(3)
+""")
+    start = time.time()
+    ended = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 3 and ended.stderr == "" and time.time() - start < 30
+    assert not left_behind(tmp_path / "program.py")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
