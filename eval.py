@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import torchvision
 
 from data import EvalSampler, Images, eval_transform, loader, normalize, open_data, read_image
-from model import Config, VisionTransformer, check_fit, config_of, read_checkpoint, weights_of
+from model import Config, VisionTransformer, check_fit, config_of, depth_of, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices, shared with train.py
@@ -117,7 +117,7 @@ def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
     between. Leaves the model in eval mode. ValueError if a picture cannot be read.
     """
     model.eval()
-    start, rows = time.time(), [torch.zeros(5)]
+    start, rows = time.time(), [torch.zeros(4)]
     for images, labels, faults in batches:
         if stop.is_set():
             break
@@ -128,9 +128,9 @@ def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
             logits = model(normalize(images)).float()
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, *loss.new_tensor([len(labels), 0])]))
-    rows.append(torch.tensor([0.0, 0, 0, 0, stop.is_set()]))
+        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
     total = torch.stack([row.cpu() for row in rows]).double().sum(0)
+    total = torch.cat([total, total.new_tensor([stop.is_set()])])
     if dist.is_initialized():
         total = total.to(device)
         dist.all_reduce(total)
@@ -165,9 +165,8 @@ def build(checkpoint):
     state = weights_of(checkpoint)
     try:
         cfg = Config(**checkpoint["config"])
-        blocks = sum(name.endswith("norm1.weight") for name in state)
         with torch.device("meta"):                     # shapes alone: a wrong configuration takes no memory or time
-            check_fit(VisionTransformer(replace(cfg, depth=min(cfg.depth, blocks + 1))), state)
+            check_fit(VisionTransformer(replace(cfg, depth=min(cfg.depth, depth_of(state) + 1))), state)
     except (TypeError, RuntimeError) as error:         # wrong fields, wrong kinds, shapes beyond all bounds
         raise ValueError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
     model = VisionTransformer(cfg)

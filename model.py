@@ -413,10 +413,15 @@ def weights_of(checkpoint):
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 
+def depth_of(state):
+    """How many blocks a state dict has."""
+    return sum(name.endswith("norm1.weight") for name in state)
+
+
 def config_of(state, name):
     """The Config of published weights, from their shapes alone. ValueError with their `name` if they are none."""
     try:
-        shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
+        shape = state["cls_token"].shape[-1], depth_of(state)
         size = next(name for name, sizes in SIZES.items() if (sizes["width"], sizes["depth"]) == shape)
         patch_size, grid = state["patch_embed.proj.weight"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
         return config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))

@@ -293,16 +293,15 @@ def find_resume(given):
                              "which starts where nothing has been saved")
         return None, None
     faults = []
-    for path in found:
-        if path.parent == found[0].parent:
-            try:
-                checkpoint = read_run(path)
-            except ValueError as error:
-                faults.append(str(error))
-            else:
-                if faults and os.environ.get("RANK", "0") == "0":
-                    print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
-                return path, checkpoint
+    for path in (path for path in found if path.parent == found[0].parent):
+        try:
+            checkpoint = read_run(path)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if faults and os.environ.get("RANK", "0") == "0":
+            print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
+        return path, checkpoint
     raise ValueError(f"no checkpoint in {found[0].parent} is whole ({'; '.join(faults)}): restore one, or start anew")
 
 
@@ -374,11 +373,6 @@ PREEMPTED = 75                     # exit code of a run that was asked to stop: 
 stop = threading.Event()           # set by SIGTERM and SIGINT
 
 
-def too_many_faults(images):
-    """How many unreadable pictures an epoch may have: one in a hundred, or up to ten, but never all."""
-    return min(images - 1, max(10, images // 100))
-
-
 def make_optimizer(model, recipe):
     """AdamW; no decay on norms, biases, positions and class token."""
     decay, rest = [], []
@@ -392,14 +386,6 @@ def recompute_blocks(model):
     """Let the backward pass compute anew what is inside each block; only the block's input is kept for it."""
     for block in model.blocks:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-
-
-def on_any_rank(flags, device):
-    """Which of some flags are set on one rank or more."""
-    flags = torch.tensor(flags, dtype=torch.float32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
 
 
 def from_all_ranks(tensor):
@@ -523,6 +509,7 @@ def main(argv=None):
         sys.exit(PREEMPTED)
 
     unreadable = set()                               # pictures that this process has warned of
+    most_unreadable = min(len(train) - 1, max(10, len(train) // 100))        # in an epoch; beyond that the run stops
     for epoch in range(first_epoch, recipe.epochs):
         model.train()
         begin = iteration - epoch * iterations_per_epoch         # 0, but for a run that was stopped within the epoch
@@ -562,16 +549,16 @@ def main(argv=None):
                 tally[0] += loss.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            sound = tally[0].isfinite() and (norm.isfinite() or scaler.is_enabled())   # it skips steps that overflow
-            stopping, diverged, too_many = on_any_rank(
-                [stop.is_set(), not sound, tally[1] * world > too_many_faults(len(train))], device)
+            sound = tally[0].isfinite() & (norm.isfinite() | scaler.is_enabled())   # it skips steps that overflow
+            flags = torch.stack([sound.new_tensor(stop.is_set()), ~sound, tally[1] * world > most_unreadable])
+            stopping, diverged, too_many = from_all_ranks(flags.byte()).any(0).tolist()   # the only wait for the device
             with explain():
                 if diverged:
                     raise ValueError(f"the loss or its gradient is not a finite number at iteration {iteration}; it was "
                                      f"not applied, and {folder} holds the run as it was last saved: try a smaller --lr "
                                      "or --dtype float32")
                 if too_many:
-                    raise ValueError(f"more than {too_many_faults(len(train)):,} of {len(train):,} training pictures "
+                    raise ValueError(f"more than {most_unreadable:,} of {len(train):,} training pictures "
                                      "cannot be read: see the warnings, and replace or remove them")
             scaler.step(optimizer)
             scaler.update()

@@ -1,13 +1,12 @@
 """Does the memory of a long run stay flat? Two ranks with four workers each, looked at twice a minute (Linux).
 
-    python benchmarks/soak.py --minutes 20 --out results/soak.jsonl                  # on shapes
-    python benchmarks/soak.py --minutes 20 --out results/soak.jsonl --data PATH --recipe basic --batch-size 64 ...
+    python benchmarks/soak.py --out results/soak-shapes.jsonl --size nano --depth 4
+    python benchmarks/soak.py --out results/soak-photos.jsonl --size nano --depth 4 --data PATH --recipe small-data ...
 
 What it does not know goes to train.py. A row: the minute, and of each process the memory that it shares with none, in
 10^6 bytes, and its open files, the two ranks first, then their workers in the order in which they started.
 """
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench_model import report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,10 +50,7 @@ def main():
             looks = [look_at(pid) for pid in ranks + [worker for rank in ranks for worker in children(rank)]]
             row = dict(flags=" ".join(flags), minute=round((time.time() - started) / 60, 1),
                        own_mb=[round(own / 1e6, 1) for own, _ in looks], open_files=[files for _, files in looks])
-            print(json.dumps(row), flush=True)
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+            report(row, args.out)
         if launcher.poll() is not None:
             sys.exit(f"error: the run ended by itself, with code {launcher.returncode}")
         launcher.send_signal(signal.SIGTERM)

@@ -131,8 +131,8 @@ def growth_table():
 
 
 def soak_table():
-    lines = ["Two ranks with four loader processes each, and as many for evaluation, over 20 minutes: memory that a process shares",
-             "with none, in MB, and its open files (`benchmarks/soak.py`).", "",
+    lines = ["Two ranks with four loader processes each, and as many for evaluation, over 20 minutes: memory that a process",
+             "shares with none, in MB, and its open files.", "",
              "| data | process | minute 2 | minute 10 | minute 20 | open files |", "|---|---|--:|--:|--:|--:|"]
     for data in ("shapes", "photos"):
         looks = rows(f"soak-{data}")
