@@ -222,7 +222,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, bias, gate, read=slice(None)):
         q, k, v = self.qkv_heads(x, rope, read)
         bias, gate = (m if m is None else m[read].type_as(q) for m in (bias, gate))
-        if gate is None:                                             # nothing after the softmax: one fused kernel
+        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # here torch's fused kernel loses to plain products
+        if gate is None and not slow:                                # nothing after the softmax: one fused kernel
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
             y = self.weights(q, k, bias, gate) @ v
