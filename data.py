@@ -17,6 +17,7 @@ import io
 import math
 import multiprocessing
 import random
+import re
 import signal
 import sys
 from functools import partial
@@ -195,6 +196,10 @@ class Shapes(Dataset):
     def __len__(self):
         return self.count[self.split]
 
+    def rng(self, index):
+        """The one source of a picture's draws, the first of which are its kinds."""
+        return random.Random(f"{self.seed} {self.split} {index}")
+
     def kinds(self, index, rng):
         """Which shape, which texture: places in SHAPES and TEXTURES."""
         shape, other = index % len(SHAPES), rng.randrange(1, len(TEXTURES))
@@ -203,7 +208,7 @@ class Shapes(Dataset):
         return shape, shape if self.cue else rng.randrange(len(TEXTURES))
 
     def __getitem__(self, index):
-        rng = random.Random(f"{self.seed} {self.split} {index}")
+        rng = self.rng(index)
         shape, texture = self.kinds(index, rng)
         pixel = 2 / self.img_size                                                # the picture spans -1 to 1
         line = np.arange(pixel / 2 - 1, 1, pixel, dtype=np.float32)[: self.img_size]
@@ -230,6 +235,48 @@ class Shapes(Dataset):
         back = dark * slope + darker * (1 - slope)
         picture = fill * inside + back * (1 - inside)
         return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures whose shape says one thing and whose texture another
+
+
+CUE_CONFLICT = {  # the 16 categories of Geirhos et al., arXiv 1811.12231: ImageNet's classes, first-last of several
+    "airplane": "404", "bear": "294-297", "bicycle": "444 671",
+    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
+    "boat": "472 554 625 814 914", "bottle": "440 720 737 898-899 901 907", "car": "436 511 817", "cat": "281-286",
+    "chair": "423 559 765 857", "clock": "409 530 892",
+    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
+    "elephant": "385-386", "keyboard": "508 878", "knife": "499", "oven": "766",
+    "truck": "555 569 656 675 717 734 864 867",
+}
+
+
+def categories(classes):
+    """{category: its places among a model's classes}: of 1,000 those above, else each class is its own."""
+    if len(classes) != 1000:
+        return {name: [label] for label, name in enumerate(classes)}
+    spans = {name: [span.split("-") for span in spans.split()] for name, spans in CUE_CONFLICT.items()}
+    return {name: [label for span in spans[name] for label in range(int(span[0]), int(span[-1]) + 1)] for name in spans}
+
+
+def open_conflict(data, img_size):
+    """(data set, shapes, textures): what each picture's shape and texture say, two lists of category names.
+
+    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png.
+    """
+    if data == "shapes-cue":
+        source = Shapes("conflict", img_size, cue=True)
+        kinds = [source.kinds(index, source.rng(index)) for index in range(len(source))]
+        names = [(source.classes[shape], source.classes[texture]) for shape, texture in kinds]
+    else:
+        source = open_folder(Path(data).parent, Path(data).name, None)
+        found = {path: re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*", Path(path).stem) for path, _ in source.samples}
+        for path, match in found.items():
+            if not match or match[1] != Path(path).parent.name:
+                raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
+        names = [match.groups() for match in found.values()]
+    return source, *map(list, zip(*names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,8 +533,9 @@ def grid(images, classes, rows=6, columns=10, cell=96):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Save a labelled grid of training pictures, as the model sees them.")
     parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
-    parser.add_argument("--split", default="train", choices=("train", "val"))
+    parser.add_argument("--split", default="train", choices=("train", "val", "conflict"), help="conflict: of shapes-cue")
     parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--rows", type=int, default=6, help="of ten pictures each")
     parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as the published recipes do")
     parser.add_argument("--out", default="samples.png", help="where the picture goes")
     args = parser.parse_args()
@@ -497,8 +545,12 @@ if __name__ == "__main__":
     try:
         if args.img_size < 1:
             raise ValueError(f"--img-size is {args.img_size}; it must be at least 1")
+        if args.rows < 1:
+            raise ValueError(f"--rows is {args.rows}; it must be at least 1")
+        if args.split == "conflict" and args.data != "shapes-cue":
+            raise ValueError(f"--data {args.data} has no --split conflict: shapes-cue has one")
         source = open_data(args.data, args.split, args.img_size)
-        grid(Images(source, transform), source.classes).save(args.out)
+        grid(Images(source, transform), source.classes, args.rows).save(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(source):,} pictures in {len(source.classes)} classes; a sample of them is in {args.out}")

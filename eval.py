@@ -1,4 +1,4 @@
-"""How good is a trained model?
+"""How good is a trained model, and what is it like?
 
     python eval.py out/tiny-soft_mask-shapes-1/best.pt                       # on the data that it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/best.pt --data PATH --json    # on PATH/val, as one line of JSON
@@ -6,25 +6,44 @@
     python eval.py illama-tiny-in1k-75.0 --data PATH                         # the published weights
     torchrun --nproc_per_node=8 eval.py ...                                  # the same numbers, sooner
 
-A checkpoint knows its model, its classes and its soft mask, so no flags say them again.
+A checkpoint knows its model, its classes and its soft mask, so no flags say them again. Further properties, in any
+number, beside the accuracy:
+
+    --calibration          is it as often right as it is sure? Expected calibration error [1]
+    --rank                 how much of a matrix are its attention maps? Their singular values
+    --attention OUT.png    where does the class token look? On three pictures, or on --image
+    --shape-bias DIR       does it go by shape or by texture? On pictures that pit them against each other [2]
+    --int8                 what do 8-bit weights and activations cost?
+    --macs                 how much work is an image? Multiply-accumulates
+
+[1] Guo et al., arXiv 1706.04599       [2] Geirhos et al., arXiv 1811.12231
 """
 import argparse
+import copy
+import itertools
 import json
+import math
 import os
+import random
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from threading import Event
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
-from data import EvalSampler, Images, eval_transform, loader, normalize, open_data, read_image
+from data import (EvalSampler, Images, categories, eval_transform, loader, normalize, open_conflict, open_data,
+                  read_image, some)
 from model import Config, VisionTransformer, check_fit, config_of, depth_of, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,22 +129,29 @@ def default_workers():
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
-    """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
-
-    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` was set in
-    between. Leaves the model in eval mode. ValueError if a picture cannot be read.
-    """
+def predict(model, batches, device, dtype=torch.float32, stop=Event()):
+    """Logits (B, classes) in float32 and labels (B,) of each batch, until `stop` is set. ValueError if a picture cannot
+    be read. Leaves the model in eval mode."""
     model.eval()
-    start, rows = time.time(), [torch.zeros(4)]
     for images, labels, faults in batches:
         if stop.is_set():
-            break
+            return
         if any(faults):
             raise ValueError(next(filter(None, faults)))
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(normalize(images)).float()
+            logits = model(normalize(images))
+        yield logits.float(), labels
+
+
+def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
+    """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
+
+    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` was set in
+    between.
+    """
+    start, rows = time.time(), [torch.zeros(4)]
+    for logits, labels in predict(model, batches, device, dtype, stop):
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
@@ -139,6 +165,142 @@ def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
         return None
     return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images,
                 images=int(images), time_images_per_s=images / (time.time() - start))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def calibration(logits, labels, bins=15):
+    """Expected calibration error [1]: the mean over pictures of |accuracy - confidence| of their bin.
+
+    logits (n, classes), labels (n,). Confidence is the largest probability, from i / bins to (i + 1) / bins in bin i.
+    Returns dict(ece, reliability): ece from 0 to 1; (pictures, confidence, accuracy) of each bin that has any.
+    """
+    confidence, guess = logits.cpu().double().softmax(-1).max(-1)
+    place, hits = (confidence * bins).ceil() - 1, (guess == labels.cpu()).double()
+    inside = [place == i for i in range(bins)]
+    rows = [(int(i.sum()), confidence[i].mean().item(), hits[i].mean().item()) for i in inside if i.any()]
+    ece = sum(n * abs(accuracy - sure) for n, sure, accuracy in rows) / len(labels)
+    return dict(ece=ece, reliability=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@torch.no_grad()
+def attention_rank(model, images, shares=(0.8, 0.9)):
+    """How many singular values of an attention map, largest first, it takes to reach a share of their sum.
+
+    images (B, 3, H, W). As in the published analysis, a head's maps are averaged over the images before they are
+    decomposed, and the values are not squared. Returns {"rank_80": depth x heads, "rank_90": ...}.
+    """
+    mean = sum(model.attention_maps(image[None])[:, 0] for image in images) / len(images)    # depth, heads, N, N
+    values = torch.linalg.svdvals(mean.cpu().double())                                       # depth, heads, N
+    reached = values.cumsum(-1) / values.sum(-1, keepdim=True)
+    return {f"rank_{100 * share:.0f}": ((reached < share).sum(-1) + 1).tolist() for share in shares}
+
+
+@torch.no_grad()
+def draw_attention(model, pictures, cell=128):
+    """Where the class token looks, a row a picture: the picture, and for each block its patches from dark to yellow, by
+    the attention that they get, mean over heads, the most in full yellow; below it their share of all attention.
+
+    pictures (B, 3, H, W), uint8, on the model's device. Returns a PIL image.
+    """
+    B, side = len(pictures), model.cfg.img_size // model.cfg.patch_size
+    maps = model.attention_maps(normalize(pictures)).mean(2)[:, :, model.cls].squeeze(2)     # depth, B, N
+    patches = (maps[..., :-1] if model.cfg.cls_last else maps[..., 1:]).cpu()                # depth, B, P
+    heat = patches / patches.amax(-1, keepdim=True).clamp(min=1e-12)
+    heat = F.interpolate(heat.unflatten(-1, (side, side)), (cell, cell), mode="nearest")     # depth, B, cell, cell
+    heat = heat[:, :, None]
+    pixels = TF.resize(pictures.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()   # B, 3, cell, cell
+    colour = 255 * torch.cat([heat, heat ** 2, 0 * heat], dim=2)
+    cells = torch.cat([pixels[None], (1 - heat) * pixels / 3 + heat * colour])               # 1 + depth, B, 3, ...
+    sheet = Image.new("RGB", ((cell + 2) * len(cells), (cell + 16) * B), "white")
+    for column, row in itertools.product(range(len(cells)), range(B)):
+        name = f"block {column}: {100 * patches[column - 1, row].sum():.0f} %" if column else "picture"
+        x, y = column * (cell + 2), row * (cell + 16)
+        sheet.paste(TF.to_pil_image(cells[column, row].byte()), (x, y))
+        ImageDraw.Draw(sheet).text((x + 2, y + cell + 1), name, fill="black")
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shape or texture
+
+
+def decide(logits, categories):
+    """The likeliest category of each picture: the highest mean probability over a category's classes [2].
+
+    logits (n, classes), categories {name: its classes} -> n names.
+    """
+    probabilities = logits.softmax(-1)
+    means = torch.stack([probabilities[:, classes].mean(-1) for classes in categories.values()])
+    return [list(categories)[best] for best in means.argmax(0).tolist()]
+
+
+def shape_bias(decisions, shapes, textures):
+    """The share of shape among the decisions that were for a picture's shape or for its texture [2].
+
+    Three lists of category names. Pictures whose shape and texture agree do not count. nan if no decision counts.
+    """
+    by_shape = sum(d == s != t for d, s, t in zip(decisions, shapes, textures, strict=True))
+    by_texture = sum(d == t != s for d, s, t in zip(decisions, shapes, textures))
+    return by_shape / (by_shape + by_texture) if by_shape + by_texture else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and work
+
+
+def to_int8(x, dim=()):
+    """Integers from -128 to 127, and the scale that they are multiplied by; symmetric, one scale for all of `dim`."""
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round().clamp(-128, 127), scale
+
+
+def quantize(model):
+    """A copy with 8-bit linear layers in its blocks, simulated in float, and its size in bytes.
+
+    Weights have a scale for each output channel. What goes into a layer is rounded as it comes (dynamic), one scale
+    for the whole tensor, so results depend a little on the batch. All else stays in float32.
+    """
+    model = copy.deepcopy(model)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            values, scale = to_int8(layer.weight.data, dim=1)
+            layer.weight.data = values * scale
+            layer.register_forward_pre_hook(lambda _, inputs: torch.mul(*to_int8(*inputs)))
+            size += 4 * scale.numel() - 3 * values.numel()
+    # All tokens through the last block: forward would slice weights there, past the hooks.
+    model.forward = lambda images: model.head(model.forward_features(images)[:, model.cls]).squeeze(1)
+    return model, size
+
+
+def multiply_accumulates(cfg):
+    """Those of one image, in linear layers, patches and attention, as the authors count them.
+
+    `published`: all tokens in all blocks, all pairs of them in attention. `as_run`: of the last block only what the
+    class token needs. `causal`: and of the rest's attention only the pairs that a causal mask leaves, which a dense
+    product with a mask does not save.
+    """
+    with torch.device("meta"):
+        model = VisionTransformer(replace(cfg, depth=1))
+    N, D = cfg.tokens, cfg.width
+    mlp = sum(p.numel() for p in model.blocks[0].mlp.parameters() if p.ndim == 2)
+    ends = model.patch_embed.proj.weight.numel() * (N - 1) + model.head.weight.numel()
+    block = N * (4 * D ** 2 + mlp) + 2 * N ** 2 * D
+    last = 2 * N * D ** 2 + 2 * D ** 2 + mlp + 2 * N * D             # keys and values of all, the rest of one
+    hidden = N * (N - 1) * D                                         # both products, pairs above the diagonal
+    return dict(published=ends + cfg.depth * block, as_run=ends + (cfg.depth - 1) * block + last,
+                causal=ends + (cfg.depth - 1) * (block - hidden) + last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the command line
 
 
 def open_checkpoint(source):
@@ -177,37 +339,86 @@ def build(checkpoint):
 
 
 @torch.no_grad()
-def classify(model, path, transform, classes, device, dtype):
-    """The five most likely classes of a picture and their probabilities, likeliest first: {name: probability}."""
-    pixels, *_ = Images([(read_image(path), 0)], transform)[0, 0]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        probabilities = model(normalize(pixels[None].to(device))).float().softmax(-1)[0]
+def classify(model, picture, classes, dtype):
+    """{name: probability} of the five likeliest classes of a picture (3, H, W), the likeliest first."""
+    with torch.autocast(picture.device.type, dtype, enabled=dtype != torch.float32):
+        probabilities = model(normalize(picture[None])).float().softmax(-1)[0]
     top = probabilities.topk(min(5, len(classes)))
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
+
+
+def sample(images, count=30):
+    """(count, 3, H, W), uint8: pictures drawn at random, the same each time; all of them if there are fewer."""
+    places = random.Random("sample").sample(range(len(images.source)), min(count, len(images.source)))
+    return torch.stack([images[0, place][0] for place in places])
+
+
+def lines(result):
+    """What main found, for people."""
+    r = result
+    mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
+    size = f"{r['img_size']} x {r['img_size']}"
+    yield (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
+           f"{r['images']:,} images at {size}, {mask}, {r['time_images_per_s']:,.0f} images/s")
+    if "ece" in r:
+        yield f"calibration error {100 * r['ece']:.2f} %"
+        for pictures, sure, right in r["reliability"]:
+            yield f"  {100 * sure:5.1f} % sure, {100 * right:5.1f} % right: {pictures:,} pictures"
+    if "int8_acc1" in r:
+        yield (f"8 bits: top-1 {r['int8_acc1']:.3f} %, {r['int8_mb']:.2f} MB; "
+               f"float32: {r['test_acc1']:.3f} %, {r['float32_mb']:.2f} MB")
+    if "rank_80" in r:
+        yield "singular values that make 80 / 90 % of an attention map, head by head"
+        for i, heads in enumerate(zip(r["rank_80"], r["rank_90"]), 1):
+            yield f"  block {i:2}" + "".join(f"{most:6} / {nearly:3}" for most, nearly in zip(*heads))
+    if "logit_variance" in r:
+        yield f"variance of the logits over pictures: {r['logit_variance']:.3g}"
+    if "shape_bias" in r:
+        share = "undefined" if r["shape_bias"] is None else f"{100 * r['shape_bias']:.1f} %"
+        yield f"shape bias {share}, of {r['decided']:,} decisions for shape or texture on {r['conflicts']:,} pictures"
+    if "macs" in r:
+        counts = (f"{count / 1e9:.4f} G {name.replace('_', ' ')}" for name, count in r["macs"].items())
+        yield f"multiply-accumulates: {', '.join(counts)}"
 
 
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run, a file of published weights, or a name of one")
     parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the run's own")
-    parser.add_argument("--image", help="name the five most likely classes of this picture instead")
+    parser.add_argument("--image", help="look at this picture alone: name its five most likely classes")
     parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's: 1 bidirectional, 0 causal")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--batch-size", type=int, default=256, help="images a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="loader processes a rank")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    more = parser.add_argument_group("properties, in any number, each beside the accuracy")
+    more.add_argument("--calibration", action="store_true", help="expected calibration error, and its 15 bins")
+    more.add_argument("--rank", action="store_true", help="singular values of attention maps, mean over 30 pictures")
+    more.add_argument("--attention", metavar="OUT.png", help="draw where the class token looks on --image, or on three")
+    more.add_argument("--shape-bias", metavar="DIR", help="on DIR/SHAPE/shapeN-textureN.png, or shapes-cue")
+    more.add_argument("--int8", action="store_true", help="accuracy and size with 8-bit weights and activations")
+    more.add_argument("--macs", action="store_true", help="multiply-accumulates of one image")
 
     with explain():
         args = parser.parse_args(argv)
         if args.batch_size < 1 or args.workers < 0:
             raise ValueError("--batch-size must be at least 1 and --workers at least 0")
-        if args.image and args.data:
-            raise ValueError("--image looks at one picture and --data at many: drop one of them")
+        for name in ("data", "calibration", "rank", "shape_bias", "int8", "macs"):
+            if args.image and getattr(args, name):
+                raise ValueError(f"--image looks at one picture alone: drop it, or --{name.replace('_', '-')}")
+        if args.attention and not (Path(args.attention).suffix == ".png" and Path(args.attention).parent.is_dir()):
+            raise ValueError(f"--attention {args.attention}: give the path of a .png, in a folder that exists")
+        if args.int8 and args.dtype not in ("auto", "float32"):
+            raise ValueError(f"--int8 is compared with float32: drop --dtype {args.dtype}")
         rank, world, device, dtype = setup(args.device, args.dtype)
+        asked = [name for name in ("calibration", "rank", "attention", "shape_bias") if getattr(args, name)]
+        if world > 1 and asked:
+            raise ValueError(f"--{asked[0].replace('_', '-')} is measured in one process: use python, not torchrun")
         checkpoint = in_turn(open_checkpoint, args.checkpoint)
-        if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
-            dtype = torch.float32                            # as it was trained
+        run = checkpoint["run"]
+        if args.dtype == "auto" and (run["dtype"] == "float32" or args.int8):
+            dtype = torch.float32                            # as it was trained, or as it is compared
         model = build(checkpoint).to(device).eval()
         alpha = checkpoint["alpha"]
         if args.soft_mask is not None:
@@ -221,31 +432,62 @@ def main(argv=None):
                                  "cannot: use a checkpoint that train.py wrote")
             if classes is None:
                 classes = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-            likely = classify(model, args.image, transform, classes, device, dtype)
-            lines = [f"{100 * p:5.1f} %  {name}" for name, p in likely.items()]
+            picture = Images([(read_image(args.image), 0)], transform)[0, 0][0].to(device)
+            likely = classify(model, picture, classes, dtype)
+            if args.attention:
+                draw_attention(model, picture[None]).save(args.attention)
             if rank == 0:
-                print(json.dumps(likely) if args.json else "\n".join(lines))
+                table = (f"{100 * p:5.1f} %  {name}" for name, p in likely.items())
+                print(json.dumps(likely) if args.json else "\n".join(table))
             return
-        data = args.data or checkpoint["run"].get("data")
+        data = args.data or run.get("data")
         if data is None:
             raise ValueError(f"{args.checkpoint} does not say what it was trained on: give --data or --image")
         source = in_turn(open_data, data, "val", size, classes)
         if len(source.classes) != model.cfg.num_classes:
             raise ValueError(f"--data {data} has {len(source.classes)} classes, but the model knows "
                              f"{model.cfg.num_classes}: use the data that it was trained on")
+        if args.shape_bias:
+            known = categories(source.classes)
+            conflict, shapes, textures = open_conflict(args.shape_bias, size)
+            unknown = sorted({*shapes, *textures} - known.keys())
+            if unknown:
+                raise ValueError(f"--shape-bias {args.shape_bias} has the categories {some(unknown)}, but the model "
+                                 f"knows {some(known)}: use a model of these, or of ImageNet's 1,000 classes")
 
-    batches = loader(Images(source, transform), EvalSampler(len(source), args.batch_size, rank, world), args.workers)
+    def batches_of(pictures):
+        sampler = EvalSampler(len(pictures), args.batch_size, rank, world)
+        return loader(Images(pictures, transform), sampler, args.workers)
+
     with explain():
+        batches = batches_of(source)
         result = evaluate(model, batches, device, dtype)
-    result |= dict(img_size=size, alpha=alpha)
+        result |= dict(mask=model.cfg.mask, alpha=alpha, img_size=size)
+        result |= {name: run[name] for name in ("step", "seed") if name in run}
+        if args.calibration:
+            result |= calibration(*map(torch.cat, zip(*predict(model, batches, device, dtype))))
+        if args.int8:
+            small, size_int8 = quantize(model)
+            result |= dict(int8_acc1=evaluate(small, batches, device)["test_acc1"], int8_mb=size_int8 / 1e6,
+                           float32_mb=4e-6 * sum(p.numel() for p in model.parameters()))
+        if args.rank or args.attention:
+            pictures = sample(Images(source, transform)).to(device)
+        if args.rank:
+            result |= attention_rank(model, normalize(pictures))
+        if args.attention:
+            draw_attention(model, pictures[:3]).save(args.attention)
+            with torch.no_grad():
+                result |= dict(logit_variance=model(normalize(pictures)).var(0).mean().item())
+        if args.shape_bias:
+            logits = torch.cat([logits for logits, _ in predict(model, batches_of(conflict), device, dtype)])
+            decisions = decide(logits, known)
+            share = shape_bias(decisions, shapes, textures)
+            conflicts = [decision in pair for decision, *pair in zip(decisions, shapes, textures) if len({*pair}) > 1]
+            result |= dict(shape_bias=share if any(conflicts) else None, conflicts=len(conflicts), decided=sum(conflicts))
+        if args.macs:
+            result |= dict(macs=multiply_accumulates(model.cfg))
     if rank == 0:
-        if args.json:
-            print(json.dumps(result))
-        else:
-            mask = f"mask {model.cfg.mask}" + ("" if alpha is None else f" alpha {alpha:g}")
-            print(f"top-1 {result['test_acc1']:.3f} %  top-5 {result['test_acc5']:.3f} %  "
-                  f"loss {result['test_loss']:.4f}  {result['images']:,} images at {size} x {size}, {mask}, "
-                  f"{result['time_images_per_s']:,.0f} images/s")
+        print(json.dumps(result) if args.json else "\n".join(lines(result)))
     if world > 1:
         dist.destroy_process_group()
 

@@ -27,8 +27,8 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import setup  # noqa: E402
-from model import SIZES, SwiGLU, VisionTransformer, config  # noqa: E402
+from eval import multiply_accumulates, setup  # noqa: E402
+from model import VisionTransformer, config  # noqa: E402
 from train import recompute_blocks  # noqa: E402
 
 
@@ -72,6 +72,7 @@ def illama(size="tiny", recompute=False, **fields):
 MODELS = {  # name: how it is built, for an image size
     "timm vit": timm_vit,
     "vit": illama(step="vit"),
+    "bidirectional": illama(mask="none"),
     "causal": illama(step="abs_pos"),
     "soft": illama(),
     "soft_log": illama(mask="soft_log"),
@@ -79,14 +80,6 @@ MODELS = {  # name: how it is built, for an image size
     "torchvision base": torchvision_vit,
     "soft base": illama("base"),
 }
-
-
-def multiply_accumulates(name, img_size):
-    """Those of the iLLaMA of that size as published: dense attention, all tokens in all blocks."""
-    size = SIZES["base" if name.endswith("base") else "tiny"]
-    width, hidden, tokens = size["width"], SwiGLU(size["width"]).fc1.out_features, (img_size // 16) ** 2 + 1
-    block = tokens * (4 * width ** 2 + 3 * width * hidden) + 2 * tokens ** 2 * width
-    return 3 * 16 ** 2 * width * (tokens - 1) + size["depth"] * block + 1000 * width
 
 
 def forward(model, images, labels, dtype, train):
@@ -178,7 +171,9 @@ def main():
     for key, (_, _, seconds) in contenders.items():
         name, dtype, compiled, img_size, batch_size = key
         rate = world * batch_size / statistics.median(seconds)
-        work, peak = (6 if train else 2) * multiply_accumulates(name, img_size), statistics.median(peaks[dtype])
+        size = "base" if name.endswith("base") else "tiny"
+        dense = multiply_accumulates(config(size, img_size=img_size))["published"]
+        work, peak = (6 if train else 2) * dense, statistics.median(peaks[dtype])
         row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
                    ranks=world, training=train, images_per_s=round(rate, 2),
                    peak=round(rate * work / peak, 3), matmul_gflops=round(peak / 1e9),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from data import (FILL, MEAN, OPERATIONS, STD, EvalSampler, Images, Shapes, TrainSampler, erase, eval_transform, fit,
-                  loader, mix, normalize, open_data, rand_augment, read_image, resized_crop, train_transform)
+from data import (FILL, MEAN, OPERATIONS, STD, TEXTURES, EvalSampler, Images, Shapes, TrainSampler, categories, erase,
+                  eval_transform, fit, loader, mix, normalize, open_conflict, open_data, rand_augment, read_image,
+                  resized_crop, train_transform)
 
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -59,6 +61,34 @@ def test_shapes_and_textures_are_independent_by_default_and_cue_ties_or_parts_th
     assert 0.08 < share("train", cue=False) < 0.12
     assert share("train", cue=True) == share("val", cue=True) == 1
     assert share("conflict", cue=True) == 0
+
+
+def test_the_conflict_split_says_what_its_pictures_show():
+    source, shapes, textures = open_conflict("shapes-cue", 16)
+    assert len(source) == len(shapes) == len(textures) == 2000
+    assert shapes == [Shapes.classes[source[index][1]] for index in range(2000)]
+    assert not any(shape == texture for shape, texture in zip(shapes, textures)) and len(set(textures)) == 10
+    source.img_size = 64
+
+    def tones(index):
+        """How many colours the bright part of a picture has: a handful along its edge, where it is plain."""
+        colours = pixels(source[index][0]).reshape(-1, 3)
+        return len(np.unique(colours[colours.mean(1) > 0.45].round(2), axis=0))
+    plain = Shapes.classes[list(TEXTURES).index("plain")]
+    counts = {own: [tones(i) for i in range(200) if (textures[i] == plain) == own] for own in (True, False)}
+    assert 1.5 * np.median(counts[True]) < np.median(counts[False])
+
+
+def test_the_sixteen_categories_are_those_published():
+    known = categories(range(1000))
+    assert {name: len(labels) for name, labels in known.items()} == dict(
+        airplane=1, bear=4, bicycle=2, bird=49, boat=5, bottle=7, car=3, cat=6, chair=4, clock=3, dog=109, elephant=2,
+        keyboard=2, knife=1, oven=1, truck=8)
+    assert [sum(known[name]) for name in ("bird", "bottle", "dog", "truck")] == [4213, 5502, 22672, 5637]
+    assert len({label for labels in known.values() for label in labels}) == 207          # no class is in two
+    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    assert [names[label] for label in known["car"]] == ["beach wagon", "convertible", "sports car"]
+    assert categories(["cat", "dog"]) == {"cat": [0], "dog": [1]}
 
 
 def test_a_linear_classifier_on_the_pixels_stays_under_40_percent():
@@ -487,11 +517,11 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_command_saves_a_grid_of_pictures(split, monkeypatch, tmp_path, capsys):
-    flags = ["--img-size", "16", "--split", split, "--out", str(tmp_path / "grid.png")]
+@pytest.mark.parametrize("data, split", [("shapes", "train"), ("shapes", "val"), ("shapes-cue", "conflict")])
+def test_the_command_saves_a_grid_of_pictures(data, split, monkeypatch, tmp_path, capsys):
+    flags = ["--data", data, "--img-size", "16", "--split", split, "--rows", "4", "--out", str(tmp_path / "grid.png")]
     monkeypatch.setattr(sys, "argv", ["data.py", *flags])
     runpy.run_module("data", run_name="__main__")
     sheet = Image.open(tmp_path / "grid.png")
-    assert sheet.width > 500 and len(sheet.getcolors(1 << 24)) > 100
+    assert sheet.size == (960, 440) and len(sheet.getcolors(1 << 24)) > 100
     assert "pictures in 10 classes" in capsys.readouterr().out

@@ -1,8 +1,11 @@
 """What is true of evaluation: one property a test."""
 import argparse
 import json
+import math
+import random
 import shutil
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 from conftest import ROOT, refused, torchrun
-from data import eval_transform, normalize, open_data
+from data import Shapes, eval_transform, normalize, open_data, read_image
 from model import VisionTransformer, config
 
 
@@ -128,6 +132,247 @@ def test_a_grey_picture_with_transparency_is_read_as_colour(finished, tmp_path, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def with_confidence(*confidences):
+    """Logits of two classes, the first of which is as likely as is said."""
+    return torch.tensor([[math.log(c), math.log(1 - c)] for c in confidences])
+
+
+def test_a_model_that_is_as_often_right_as_it_is_sure_is_calibrated():
+    result = evaluation.calibration(with_confidence(*[0.75] * 4), torch.tensor([0, 0, 0, 1]))
+    assert result["ece"] == pytest.approx(0, abs=1e-6) and len(result["reliability"]) == 1
+    assert result["reliability"][0] == pytest.approx((4, 0.75, 0.75))
+
+
+def test_the_calibration_error_weighs_the_gap_of_each_of_15_equal_bins_by_its_pictures():
+    sure = [0.61, 0.65, 0.78, 0.79, 0.81, 0.99]             # bins end at 0.6, 0.667, 0.733, 0.8 ...
+    right = [1, 0, 0, 0, 1, 1]
+    labels = torch.tensor([0 if hit else 1 for hit in right])
+    result = evaluation.calibration(with_confidence(*sure), labels)
+    assert [row[0] for row in result["reliability"]] == [2, 2, 1, 1]
+    assert result["reliability"][1] == pytest.approx((2, 0.785, 0), rel=1e-6)
+    gaps = 2 * abs(0.5 - 0.63) + 2 * 0.785 + (1 - 0.81) + (1 - 0.99)
+    assert result["ece"] == pytest.approx(gaps / 6, rel=1e-6)
+    assert evaluation.calibration(with_confidence(*sure), labels, bins=1)["ece"] == pytest.approx(
+        abs(sum(right) - sum(sure)) / 6, rel=1e-6)
+
+
+def test_the_calibration_of_a_checkpoint_is_that_of_its_logits(photos, finished, capsys):
+    result = json.loads(printed([finished / "best.pt", "--calibration", "--json", "--batch-size", 4], capsys))
+    expected = evaluation.calibration(*by_hand(photos, finished / "best.pt"))
+    assert result["ece"] == pytest.approx(expected["ece"], rel=1e-4)
+    assert sum(row[0] for row in result["reliability"]) == 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class Maps(torch.nn.Module):
+    """A model of one block and one head, whose attention map is the picture."""
+    def attention_maps(self, images):
+        return images[None]
+
+
+def test_the_rank_counts_singular_values_up_to_a_share_of_their_sum():
+    for values, at_80, at_90 in (([1.] * 11, 9, 10), ([1., 0, 0, 0], 1, 1), ([8.1, 1, 0.9], 1, 2), ([6, 3.1, 0.9], 2, 2)):
+        turn, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(0)))
+        result = evaluation.attention_rank(Maps(), (turn @ torch.tensor(values).diag())[None, None])
+        assert result == {"rank_80": [[at_80]], "rank_90": [[at_90]]}
+
+
+def test_maps_are_averaged_over_pictures_before_they_are_decomposed():
+    one, other = torch.eye(10), torch.eye(10).flip(0)                       # each of full rank, their mean of half
+    both = torch.stack([one, other])[:, None]
+    assert evaluation.attention_rank(Maps(), both[:1])["rank_90"] == [[9]]
+    assert evaluation.attention_rank(Maps(), both)["rank_90"] == [[5]]
+
+
+def saved(path, data="shapes", classes=tuple(Shapes.classes), step="soft_mask", **fields):
+    """A checkpoint of random weights, large enough to tell pictures apart."""
+    torch.manual_seed(0)
+    cfg = config("nano", step, img_size=16, patch_size=4, depth=3, num_classes=len(classes), **fields)
+    model = VisionTransformer(cfg)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    alpha = 0.0 if cfg.mask.startswith("soft") else None
+    torch.save(dict(model=model.state_dict(), config=asdict(cfg), classes=list(classes), alpha=alpha,
+                    run=dict(data=str(data), dtype="float32", step=step, seed=7)), path)
+    return model.eval()
+
+
+def test_the_collapse_shows_as_no_variance_of_the_logits_and_no_attention_to_patches(photos, tmp_path, capsys):
+    seen = {}
+    for step in ("rmsnorm", "causal", "ps_cls"):
+        model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"), step)
+        result = json.loads(printed([tmp_path / "a.pt", "--attention", tmp_path / "a.png", "--json"], capsys))
+        assert (result["step"], result["seed"]) == (step, 7)
+        maps = model.attention_maps(torch.randn(1, 3, 16, 16))[:, 0, :, model.cls]
+        seen[step] = result["logit_variance"], np.array(Image.open(tmp_path / "a.png")), maps
+    assert seen["causal"][0] < 1e-10 and min(seen["rmsnorm"][0], seen["ps_cls"][0]) > 1e-3
+    assert (seen["causal"][1][:128, 130:258] <= 255 / 3).all()              # nothing lit
+    assert all((seen[step][1][:128, 130:258, 0] == 255).any() for step in ("rmsnorm", "ps_cls"))
+
+
+def test_the_patch_that_the_class_token_sees_most_is_the_brightest(photos, finished, tmp_path, capsys):
+    model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
+    file = open_data(str(photos), "val", 16).samples[4][0]
+    printed([tmp_path / "a.pt", "--image", file, "--attention", tmp_path / "a.png"], capsys)
+    sheet = np.array(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (128 + 16, 4 * 130, 3)
+    pixels = torch.from_numpy(np.array(eval_transform(read_image(file), None, 16))).permute(2, 0, 1)
+    with torch.no_grad():
+        seen = model.attention_maps(normalize(pixels[None]))[:, 0].mean(1)[:, -1, :-1]
+    for block, row in enumerate(seen):
+        cell = sheet[:128, 130 * (block + 1): 130 * (block + 1) + 128].astype(int)
+        yellow = cell[16::32, 16::32, 0] + cell[16::32, 16::32, 1]          # the middle of each of 4 x 4 patches
+        assert yellow.argmax() == row.argmax() and yellow.max() == 510
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shape or texture
+
+
+def test_shape_bias_is_the_share_of_shape_among_decisions_for_shape_or_texture():
+    shapes, textures = ["cat", "cat", "dog", "owl", "owl"], ["dog", "owl", "owl", "owl", "cat"]
+    assert evaluation.shape_bias(["cat", "owl", "dog", "owl", "dog"], shapes, textures) == 2 / 3  # the last is neither
+    assert evaluation.shape_bias(["cat", "cat", "dog", "cat", "owl"], shapes, textures) == 1
+    assert evaluation.shape_bias(textures, shapes, textures) == 0           # where both are owls, none is counted
+    assert math.isnan(evaluation.shape_bias(["owl"], ["owl"], ["owl"]))
+    with pytest.raises(ValueError):
+        evaluation.shape_bias(["owl"], ["owl", "cat"], ["owl", "cat"])
+
+
+def test_a_category_has_the_mean_probability_of_its_classes():
+    logits = torch.tensor([[0.45, 0.0001, 0.3, 0.2499], [0.05, 0.05, 0.4, 0.5]]).log()
+    known = {"first": [0, 1], "second": [2, 3]}
+    assert evaluation.decide(logits, known) == ["second", "second"]          # 0.225 and 0.275
+    assert evaluation.decide(logits, {"first": [0], "second": [1, 2, 3]}) == ["first", "second"]
+
+
+def test_cue_conflict_pictures_are_read_from_their_names(photos, tmp_path, capsys):
+    model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
+    names = ["cat1-dog2", "cat2-cat1", "dog10-owl3", "dog2-cat11", "owl1-dog1", "owl2-owl2"]
+    pixels = []
+    for i, name in enumerate(names):
+        folder = tmp_path / "cue" / name.split("-")[0].rstrip("0123456789")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.frombytes("RGB", (16, 16), random.Random(i).randbytes(768))
+        picture.save(folder / f"{name}.png")
+        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    with torch.no_grad():
+        guesses = [["cat", "dog", "owl"][i] for i in model(normalize(torch.stack(pixels))).argmax(1)]
+    result = json.loads(printed([tmp_path / "a.pt", "--shape-bias", tmp_path / "cue", "--json"], capsys))
+    pairs = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
+    decided = [guess == shape for guess, (shape, texture) in zip(guesses, pairs)
+               if shape != texture and guess in (shape, texture)]
+    assert (result["conflicts"], result["decided"]) == (4, len(decided)) and 0 < len(decided)
+    assert result["shape_bias"] == pytest.approx(sum(decided) / len(decided))
+    for name in ("owl3", "dog1-cat1"):                                      # no texture; another shape than the folder's
+        wrong = tmp_path / "cue" / "owl" / f"{name}.png"
+        Image.new("RGB", (16, 16)).save(wrong)
+        said = refused(evaluation, [tmp_path / "a.pt", "--shape-bias", tmp_path / "cue"], capsys)
+        assert f"owl/{name}.png is not named as SHAPE/shapeN-textureN.png says: rename or remove it" in said
+        wrong.unlink()
+
+
+def test_a_shape_bias_without_decisions_is_undefined(photos, tmp_path, capsys):
+    saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
+    (tmp_path / "cue" / "cat").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "cue" / "cat" / "cat1-cat2.png")
+    flags = [tmp_path / "a.pt", "--shape-bias", tmp_path / "cue"]
+    result = json.loads(printed([*flags, "--json"], capsys))
+    assert (result["shape_bias"], result["conflicts"], result["decided"]) == (None, 0, 0)
+    assert "shape bias undefined, of 0 decisions for shape or texture on 0 pictures" in printed(flags, capsys)
+
+
+def test_a_model_of_shapes_is_asked_on_their_conflict_split(tmp_path, capsys):
+    saved(tmp_path / "a.pt")
+    result = json.loads(printed([tmp_path / "a.pt", "--shape-bias", "shapes-cue", "--json"], capsys))
+    assert result["conflicts"] == 2000 and 0 < result["decided"] < 2000 and 0 <= result["shape_bias"] <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and work
+
+
+def test_int8_values_are_within_half_a_step_and_use_the_whole_range():
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.], [10], [0.1], [3], [0]])
+    values, scale = evaluation.to_int8(x, dim=1)
+    assert scale.shape == (5, 1) and torch.equal(values, values.round())
+    assert ((values * scale - x).abs() <= scale / 2 + 1e-7).all()
+    assert values.abs().amax(1).tolist() == [127, 127, 127, 127, 0]
+    assert evaluation.to_int8(x)[1].numel() == 1
+
+
+def test_quantised_layers_see_and_hold_256_levels_and_the_rest_stays(tmp_path):
+    model = saved(tmp_path / "a.pt")
+    small, size = evaluation.quantize(model)
+    entered = {}
+    for name, layer in small.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            def look(_, inputs, __, name=name):
+                entered[name] = len(inputs[0].unique())
+            layer.register_forward_hook(look)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, rounded = model(images), small(images)
+    assert 0 < (rounded - exact).abs().mean() < 0.1 * exact.std()
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.fc3")
+    names = [f"blocks.{i}.{layer}" for i in range(3) for layer in layers]
+    for name in names:
+        assert entered.pop(name) <= 256 and all(len(row.unique()) <= 256 for row in small.get_submodule(name).weight)
+    assert entered.pop("head") > 1000 and not entered
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    channels = sum(len(model.get_submodule(name).weight) for name in names)
+    assert size == weights + 4 * channels + 4 * (sum(p.numel() for p in model.parameters()) - weights)
+    with torch.no_grad():
+        assert torch.equal(model(images), exact)                            # the model itself is as it was
+
+
+def test_int8_accuracy_is_beside_that_of_float32(finished, capsys):
+    result = json.loads(printed([finished / "best.pt", "--int8", "--json"], capsys))
+    assert abs(result["int8_acc1"] - result["test_acc1"]) <= 100 / 11 + 1e-9
+    assert result["int8_mb"] < 0.35 * result["float32_mb"]
+
+
+@pytest.mark.parametrize("size, published", [("tiny", 1.2536832), ("small", 4.598882304), ("base", 17.563828224),
+                                             ("large", 62.794129408)])
+def test_multiply_accumulates_are_the_published_ones(size, published):
+    assert evaluation.multiply_accumulates(config(size))["published"] == round(published * 1e9)
+
+
+@pytest.mark.parametrize("step", ["vit", "soft_mask"])
+def test_multiply_accumulates_as_run_are_those_that_torch_counts(step):
+    cfg = config("nano", step, img_size=32, patch_size=8, depth=3)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        VisionTransformer(cfg).eval()(torch.zeros(1, 3, 32, 32))
+    macs = evaluation.multiply_accumulates(cfg)
+    assert counter.get_total_flops() == 2 * macs["as_run"]
+    unseen = sum(j > i for i in range(17) for j in range(17))
+    assert macs["as_run"] - macs["causal"] == 2 * unseen * 2 * 128          # two products, two blocks read in full
+
+
+def test_the_lines_for_people_hold_every_property_that_was_asked_for(finished, tmp_path, capsys):
+    flags = ["--calibration", "--rank", "--attention", tmp_path / "a.png", "--int8", "--macs"]
+    result = json.loads(printed([finished / "best.pt", *flags, "--json"], capsys))
+    said = printed([finished / "best.pt", *flags], capsys)
+    for text in (f"calibration error {100 * result['ece']:.2f} %", f"8 bits: top-1 {result['int8_acc1']:.3f} %",
+                 f"block  2{result['rank_80'][1][0]:6} / {result['rank_90'][1][0]:3}",
+                 f"variance of the logits over pictures: {result['logit_variance']:.3g}",
+                 f"{result['macs']['published'] / 1e9:.4f} G published"):
+        assert text in said
+
+
+@pytest.mark.slow
+def test_properties_of_all_pictures_are_measured_in_one_process(finished):
+    code, _, errors = torchrun(2, ROOT / "eval.py", finished / "best.pt", "--rank")
+    assert code and "error: --rank is measured in one process: use python, not torchrun" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Published weights
 
 
@@ -200,7 +445,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--soft-mask", "2"], "alpha is 2.0; it must be between 0 and 1"),
     (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--image", "a.png", "--data", "shapes"], "--image looks at one picture and --data at many: drop one of them"),
+    (["--image", "a.png", "--data", "shapes"], "--image looks at one picture alone: drop it, or --data"),
+    (["--image", "a.png", "--shape-bias", "a"], "--image looks at one picture alone: drop it, or --shape-bias"),
+    (["--attention", "nowhere/a.png"], "--attention nowhere/a.png: give the path of a .png, in a folder that exists"),
+    (["--attention", "a.txt"], "--attention a.txt: give the path of a .png"),
+    (["--int8", "--dtype", "bfloat16"], "--int8 is compared with float32: drop --dtype bfloat16"),
+    (["--shape-bias", "nowhere"], "nowhere is missing: put pictures into nowhere/CLASS/"),
+    (["--shape-bias", "shapes-cue"], "has the categories arrow, bar, circle, crescent, heart and 5 more, but the model"),
     (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
     (["--device", "tpu"], "unknown --device 'tpu'"),
 ])
