@@ -263,15 +263,19 @@ def categories(classes):
 def open_conflict(data, img_size):
     """(data set, shapes, textures): what each picture's shape and texture say, two lists of category names.
 
-    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png.
+    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. ValueError if it is
+    neither.
     """
     if data == "shapes-cue":
         source = Shapes("conflict", img_size, cue=True)
         kinds = [source.kinds(index, source.rng(index)) for index in range(len(source))]
         names = [(source.classes[shape], source.classes[texture]) for shape, texture in kinds]
     else:
+        if not Path(data).is_dir():
+            raise ValueError(f"--shape-bias {data} is neither shapes-cue nor a folder: give one with pictures "
+                             "SHAPE/shapeN-textureN.png")
         source = open_folder(Path(data).parent, Path(data).name, None)
-        found = {path: re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*", Path(path).stem) for path, _ in source.samples}
+        found = {path: re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem) for path, _ in source.samples}
         for path, match in found.items():
             if not match or match[1] != Path(path).parent.name:
                 raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
@@ -533,7 +537,7 @@ def grid(images, classes, rows=6, columns=10, cell=96):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Save a labelled grid of training pictures, as the model sees them.")
     parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
-    parser.add_argument("--split", default="train", choices=("train", "val", "conflict"), help="conflict: of shapes-cue")
+    parser.add_argument("--split", default="train", choices=("train", "val", "conflict"), help="conflict: shapes-cue's")
     parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
     parser.add_argument("--rows", type=int, default=6, help="of ten pictures each")
     parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as the published recipes do")

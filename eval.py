@@ -7,10 +7,10 @@
     torchrun --nproc_per_node=8 eval.py ...                                  # the same numbers, sooner
 
 A checkpoint knows its model, its classes and its soft mask, so no flags say them again. Further properties, in any
-number, beside the accuracy:
+number, beside the accuracy, in one process:
 
     --calibration          is it as often right as it is sure? Expected calibration error [1]
-    --rank                 how much of a matrix are its attention maps? Their singular values
+    --rank                 how flat is the spectrum of its attention maps? Their singular values
     --attention OUT.png    where does the class token look? On three pictures, or on --image
     --shape-bias DIR       does it go by shape or by texture? On pictures that pit them against each other [2]
     --int8                 what do 8-bit weights and activations cost?
@@ -44,7 +44,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import (EvalSampler, Images, categories, eval_transform, loader, normalize, open_conflict, open_data,
                   read_image, some)
-from model import Config, VisionTransformer, check_fit, config_of, depth_of, read_checkpoint, weights_of
+from model import Config, VisionTransformer, check_fit, config_of, depth_of, masks, read_checkpoint, weights_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices, shared with train.py
@@ -176,7 +176,10 @@ def calibration(logits, labels, bins=15):
 
     logits (n, classes), labels (n,). Confidence is the largest probability, from i / bins to (i + 1) / bins in bin i.
     Returns dict(ece, reliability): ece from 0 to 1; (pictures, confidence, accuracy) of each bin that has any.
+    ValueError if a logit is not a finite number.
     """
+    if not logits.isfinite().all():
+        raise ValueError("some logits are not finite numbers, so they hold no confidence: use another checkpoint")
     confidence, guess = logits.cpu().double().softmax(-1).max(-1)
     place, hits = (confidence * bins).ceil() - 1, (guess == labels.cpu()).double()
     inside = [place == i for i in range(bins)]
@@ -189,17 +192,21 @@ def calibration(logits, labels, bins=15):
 # Attention
 
 
+def values_for(share, maps):
+    """How many singular values, largest first, reach a share of their sum: (..., N, N) -> (...). They are not squared."""
+    values = torch.linalg.svdvals(maps.cpu().double())                                       # ..., N
+    return (values.cumsum(-1) / values.sum(-1, keepdim=True) < share).sum(-1) + 1
+
+
 @torch.no_grad()
-def attention_rank(model, images, shares=(0.8, 0.9)):
-    """How many singular values of an attention map, largest first, it takes to reach a share of their sum.
+def attention_rank(model, images):
+    """How many singular values of each attention map reach 80 and 90 % of their sum.
 
     images (B, 3, H, W). As in the published analysis, a head's maps are averaged over the images before they are
-    decomposed, and the values are not squared. Returns {"rank_80": depth x heads, "rank_90": ...}.
+    decomposed. Returns dict(rank_80, rank_90), depth x heads each.
     """
     mean = sum(model.attention_maps(image[None])[:, 0] for image in images) / len(images)    # depth, heads, N, N
-    values = torch.linalg.svdvals(mean.cpu().double())                                       # depth, heads, N
-    reached = values.cumsum(-1) / values.sum(-1, keepdim=True)
-    return {f"rank_{100 * share:.0f}": ((reached < share).sum(-1) + 1).tolist() for share in shares}
+    return dict(rank_80=values_for(0.8, mean).tolist(), rank_90=values_for(0.9, mean).tolist())
 
 
 @torch.no_grad()
@@ -231,14 +238,14 @@ def draw_attention(model, pictures, cell=128):
 # Shape or texture
 
 
-def decide(logits, categories):
+def decide(logits, known):
     """The likeliest category of each picture: the highest mean probability over a category's classes [2].
 
-    logits (n, classes), categories {name: its classes} -> n names.
+    logits (n, classes), known {category: its classes} -> n categories.
     """
     probabilities = logits.softmax(-1)
-    means = torch.stack([probabilities[:, classes].mean(-1) for classes in categories.values()])
-    return [list(categories)[best] for best in means.argmax(0).tolist()]
+    means = torch.stack([probabilities[:, classes].mean(-1) for classes in known.values()])
+    return [list(known)[best] for best in means.argmax(0).tolist()]
 
 
 def shape_bias(decisions, shapes, textures):
@@ -281,11 +288,11 @@ def quantize(model):
 
 
 def multiply_accumulates(cfg):
-    """Those of one image, in linear layers, patches and attention, as the authors count them.
+    """Those of one image, in linear layers, patches and attention. The authors count the same, and ViT's norms besides.
 
     `published`: all tokens in all blocks, all pairs of them in attention. `as_run`: of the last block only what the
-    class token needs. `causal`: and of the rest's attention only the pairs that a causal mask leaves, which a dense
-    product with a mask does not save.
+    class token needs. `causal`: and of attention in the others only what the mask at alpha 0 leaves, which dense
+    products do not save. A pair masked before the softmax needs neither product, one masked after it the first.
     """
     with torch.device("meta"):
         model = VisionTransformer(replace(cfg, depth=1))
@@ -294,7 +301,9 @@ def multiply_accumulates(cfg):
     ends = model.patch_embed.proj.weight.numel() * (N - 1) + model.head.weight.numel()
     block = N * (4 * D ** 2 + mlp) + 2 * N ** 2 * D
     last = 2 * N * D ** 2 + 2 * D ** 2 + mlp + 2 * N * D             # keys and values of all, the rest of one
-    hidden = N * (N - 1) * D                                         # both products, pairs above the diagonal
+    bias, gate = masks(cfg)
+    hidden = 0 if bias is None else 2 * D * int(bias.isinf().sum())
+    hidden += 0 if gate is None else D * int((gate == 0).sum())
     return dict(published=ends + cfg.depth * block, as_run=ends + (cfg.depth - 1) * block + last,
                 causal=ends + (cfg.depth - 1) * (block - hidden) + last)
 
@@ -353,13 +362,20 @@ def sample(images, count=30):
     return torch.stack([images[0, place][0] for place in places])
 
 
+def save_picture(picture, path):
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise ValueError(f"--attention {path} cannot be written ({error.strerror}): give another path") from error
+
+
 def lines(result):
     """What main found, for people."""
     r = result
     mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
     size = f"{r['img_size']} x {r['img_size']}"
     yield (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
-           f"{r['images']:,} images at {size}, {mask}, {r['time_images_per_s']:,.0f} images/s")
+           f"{r['images']:,} images at {size}, {mask}, {r['dtype']}, {r['time_images_per_s']:,.0f} images/s")
     if "ece" in r:
         yield f"calibration error {100 * r['ece']:.2f} %"
         for pictures, sure, right in r["reliability"]:
@@ -412,7 +428,7 @@ def main(argv=None):
         if args.int8 and args.dtype not in ("auto", "float32"):
             raise ValueError(f"--int8 is compared with float32: drop --dtype {args.dtype}")
         rank, world, device, dtype = setup(args.device, args.dtype)
-        asked = [name for name in ("calibration", "rank", "attention", "shape_bias") if getattr(args, name)]
+        asked = [name for name in ("calibration", "rank", "attention", "shape_bias", "int8") if getattr(args, name)]
         if world > 1 and asked:
             raise ValueError(f"--{asked[0].replace('_', '-')} is measured in one process: use python, not torchrun")
         checkpoint = in_turn(open_checkpoint, args.checkpoint)
@@ -435,7 +451,7 @@ def main(argv=None):
             picture = Images([(read_image(args.image), 0)], transform)[0, 0][0].to(device)
             likely = classify(model, picture, classes, dtype)
             if args.attention:
-                draw_attention(model, picture[None]).save(args.attention)
+                save_picture(draw_attention(model, picture[None]), args.attention)
             if rank == 0:
                 table = (f"{100 * p:5.1f} %  {name}" for name, p in likely.items())
                 print(json.dumps(likely) if args.json else "\n".join(table))
@@ -462,7 +478,7 @@ def main(argv=None):
     with explain():
         batches = batches_of(source)
         result = evaluate(model, batches, device, dtype)
-        result |= dict(mask=model.cfg.mask, alpha=alpha, img_size=size)
+        result |= dict(mask=model.cfg.mask, alpha=alpha, img_size=size, dtype=str(dtype).removeprefix("torch."))
         result |= {name: run[name] for name in ("step", "seed") if name in run}
         if args.calibration:
             result |= calibration(*map(torch.cat, zip(*predict(model, batches, device, dtype))))
@@ -475,15 +491,15 @@ def main(argv=None):
         if args.rank:
             result |= attention_rank(model, normalize(pictures))
         if args.attention:
-            draw_attention(model, pictures[:3]).save(args.attention)
+            save_picture(draw_attention(model, pictures[:3]), args.attention)
             with torch.no_grad():
                 result |= dict(logit_variance=model(normalize(pictures)).var(0).mean().item())
         if args.shape_bias:
             logits = torch.cat([logits for logits, _ in predict(model, batches_of(conflict), device, dtype)])
             decisions = decide(logits, known)
-            share = shape_bias(decisions, shapes, textures)
-            conflicts = [decision in pair for decision, *pair in zip(decisions, shapes, textures) if len({*pair}) > 1]
-            result |= dict(shape_bias=share if any(conflicts) else None, conflicts=len(conflicts), decided=sum(conflicts))
+            decided = sum(s != t and d in (s, t) for d, s, t in zip(decisions, shapes, textures))
+            result |= dict(shape_bias=shape_bias(decisions, shapes, textures) if decided else None, decided=decided,
+                           conflicts=sum(map(str.__ne__, shapes, textures)))
         if args.macs:
             result |= dict(macs=multiply_accumulates(model.cfg))
     if rank == 0:

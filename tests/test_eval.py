@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 from conftest import ROOT, refused, torchrun
-from data import Shapes, eval_transform, normalize, open_data, read_image
+from data import Shapes, categories, eval_transform, normalize, open_data, read_image
 from model import VisionTransformer, config
 
 
@@ -76,7 +76,7 @@ def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
     result = json.loads(printed([finished / "best.pt", "--json"], capsys))
     line = printed([finished / "best.pt"], capsys)
     assert line.startswith(f"top-1 {result['test_acc1']:.3f} %  top-5 100.000 %  loss {result['test_loss']:.4f}  "
-                           "11 images at 16 x 16, mask soft alpha 0, ") and line.endswith(" images/s\n")
+                           "11 images at 16 x 16, mask soft alpha 0, float32, ") and line.endswith(" images/s\n")
 
 
 @pytest.mark.slow
@@ -159,6 +159,11 @@ def test_the_calibration_error_weighs_the_gap_of_each_of_15_equal_bins_by_its_pi
         abs(sum(right) - sum(sure)) / 6, rel=1e-6)
 
 
+def test_logits_that_are_no_numbers_have_no_calibration():
+    with pytest.raises(ValueError, match="some logits are not finite numbers"):
+        evaluation.calibration(torch.tensor([[math.nan, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+
+
 def test_the_calibration_of_a_checkpoint_is_that_of_its_logits(photos, finished, capsys):
     result = json.loads(printed([finished / "best.pt", "--calibration", "--json", "--batch-size", 4], capsys))
     expected = evaluation.calibration(*by_hand(photos, finished / "best.pt"))
@@ -206,11 +211,10 @@ def saved(path, data="shapes", classes=tuple(Shapes.classes), step="soft_mask", 
 def test_the_collapse_shows_as_no_variance_of_the_logits_and_no_attention_to_patches(photos, tmp_path, capsys):
     seen = {}
     for step in ("rmsnorm", "causal", "ps_cls"):
-        model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"), step)
+        saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"), step)
         result = json.loads(printed([tmp_path / "a.pt", "--attention", tmp_path / "a.png", "--json"], capsys))
         assert (result["step"], result["seed"]) == (step, 7)
-        maps = model.attention_maps(torch.randn(1, 3, 16, 16))[:, 0, :, model.cls]
-        seen[step] = result["logit_variance"], np.array(Image.open(tmp_path / "a.png")), maps
+        seen[step] = result["logit_variance"], np.array(Image.open(tmp_path / "a.png"))
     assert seen["causal"][0] < 1e-10 and min(seen["rmsnorm"][0], seen["ps_cls"][0]) > 1e-3
     assert (seen["causal"][1][:128, 130:258] <= 255 / 3).all()              # nothing lit
     assert all((seen[step][1][:128, 130:258, 0] == 255).any() for step in ("rmsnorm", "ps_cls"))
@@ -270,12 +274,29 @@ def test_cue_conflict_pictures_are_read_from_their_names(photos, tmp_path, capsy
                if shape != texture and guess in (shape, texture)]
     assert (result["conflicts"], result["decided"]) == (4, len(decided)) and 0 < len(decided)
     assert result["shape_bias"] == pytest.approx(sum(decided) / len(decided))
-    for name in ("owl3", "dog1-cat1"):                                      # no texture; another shape than the folder's
+    for name in ("owl3", "dog1-cat1"):                                      # no texture; not the folder's shape
         wrong = tmp_path / "cue" / "owl" / f"{name}.png"
         Image.new("RGB", (16, 16)).save(wrong)
         said = refused(evaluation, [tmp_path / "a.pt", "--shape-bias", tmp_path / "cue"], capsys)
         assert f"owl/{name}.png is not named as SHAPE/shapeN-textureN.png says: rename or remove it" in said
         wrong.unlink()
+
+
+def test_a_model_of_a_thousand_classes_decides_by_the_sixteen_categories(photos, tmp_path, capsys):
+    classes = ["cat", "dog", "owl", *map(str, range(997))]
+    model = saved(tmp_path / "a.pt", photos, classes)
+    names, pixels = ["cat1-dog2", "bear3-cat1", "dog2-truck4", "oven1-dog9", "bird1-boat1", "truck2-bird2"], []
+    for i, name in enumerate(names):
+        folder = tmp_path / "cue" / name.split("-")[0].rstrip("0123456789")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.frombytes("RGB", (16, 16), random.Random(i).randbytes(768))
+        picture.save(folder / f"{name}.png")
+        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    with torch.no_grad():
+        guesses = evaluation.decide(model(normalize(torch.stack(pixels))), categories(classes))
+    result = json.loads(printed([tmp_path / "a.pt", "--shape-bias", tmp_path / "cue", "--json"], capsys))
+    pairs = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
+    assert result["decided"] == sum(guess in pair for guess, pair in zip(guesses, pairs)) and result["conflicts"] == 6
 
 
 def test_a_shape_bias_without_decisions_is_undefined(photos, tmp_path, capsys):
@@ -332,10 +353,19 @@ def test_quantised_layers_see_and_hold_256_levels_and_the_rest_stays(tmp_path):
         assert torch.equal(model(images), exact)                            # the model itself is as it was
 
 
-def test_int8_accuracy_is_beside_that_of_float32(finished, capsys):
+def test_int8_accuracy_is_that_of_the_quantised_model(finished, monkeypatch, capsys):
     result = json.loads(printed([finished / "best.pt", "--int8", "--json"], capsys))
     assert abs(result["int8_acc1"] - result["test_acc1"]) <= 100 / 11 + 1e-9
     assert result["int8_mb"] < 0.35 * result["float32_mb"]
+
+    def all_owls(model):
+        model = evaluation.copy.deepcopy(model)
+        model.head.bias.data += torch.tensor([0, 0, 1e6])
+        return model, 5_000_000
+    monkeypatch.setattr(evaluation, "quantize", all_owls)
+    other = json.loads(printed([finished / "best.pt", "--int8", "--json"], capsys))
+    assert other["int8_acc1"] == pytest.approx(300 / 11) and other["int8_mb"] == 5 and other["dtype"] == "float32"
+    assert other["test_acc1"] == result["test_acc1"]
 
 
 @pytest.mark.parametrize("size, published", [("tiny", 1.2536832), ("small", 4.598882304), ("base", 17.563828224),
@@ -344,15 +374,24 @@ def test_multiply_accumulates_are_the_published_ones(size, published):
     assert evaluation.multiply_accumulates(config(size))["published"] == round(published * 1e9)
 
 
-@pytest.mark.parametrize("step", ["vit", "soft_mask"])
-def test_multiply_accumulates_as_run_are_those_that_torch_counts(step):
-    cfg = config("nano", step, img_size=32, patch_size=8, depth=3)
+@pytest.mark.parametrize("mask, spared", [("none", 0), ("causal", 2), ("soft_log", 2), ("soft", 1)])
+def test_multiply_accumulates_as_run_are_those_that_torch_counts(mask, spared):
+    cfg = config("nano", "vit" if mask == "none" else "soft_mask", mask=mask, img_size=32, patch_size=8, depth=3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         VisionTransformer(cfg).eval()(torch.zeros(1, 3, 32, 32))
     macs = evaluation.multiply_accumulates(cfg)
     assert counter.get_total_flops() == 2 * macs["as_run"]
     unseen = sum(j > i for i in range(17) for j in range(17))
-    assert macs["as_run"] - macs["causal"] == 2 * unseen * 2 * 128          # two products, two blocks read in full
+    assert macs["as_run"] - macs["causal"] == spared * unseen * 2 * 128     # of two products, in two blocks read in full
+
+
+def test_the_rank_of_a_checkpoint_is_that_on_pictures_as_the_model_takes_them(photos, finished, capsys):
+    result = json.loads(printed([finished / "best.pt", "--rank", "--json"], capsys))
+    model = evaluation.build(torch.load(finished / "best.pt", weights_only=True)).eval()
+    pictures = [eval_transform(image, None, 16) for image, _ in open_data(str(photos), "val", 16)]      # all of them
+    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    expected = evaluation.attention_rank(model, normalize(pixels))
+    assert {name: result[name] for name in expected} == expected
 
 
 def test_the_lines_for_people_hold_every_property_that_was_asked_for(finished, tmp_path, capsys):
@@ -450,7 +489,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--attention", "nowhere/a.png"], "--attention nowhere/a.png: give the path of a .png, in a folder that exists"),
     (["--attention", "a.txt"], "--attention a.txt: give the path of a .png"),
     (["--int8", "--dtype", "bfloat16"], "--int8 is compared with float32: drop --dtype bfloat16"),
-    (["--shape-bias", "nowhere"], "nowhere is missing: put pictures into nowhere/CLASS/"),
+    (["--shape-bias", "nowhere"], "--shape-bias nowhere is neither shapes-cue nor a folder: give one with"),
     (["--shape-bias", "shapes-cue"], "has the categories arrow, bar, circle, crescent, heart and 5 more, but the model"),
     (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
     (["--device", "tpu"], "unknown --device 'tpu'"),

@@ -18,7 +18,7 @@ def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
 
 
 def test_links_lead_to_files_that_exist():
-    links = re.findall(r"(?:\]\(|src=\")([\w./]+)", README)
+    links = re.findall(r"(?:\]\(|src=\")([\w./-]+)", README)
     assert len(links) > 10 and all((ROOT / link).exists() for link in links if not link.startswith("http"))
 
 
