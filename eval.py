@@ -193,7 +193,7 @@ def calibration(logits, labels, bins=15):
 
 
 def values_for(share, maps):
-    """How many singular values, largest first, reach a share of their sum: (..., N, N) -> (...). They are not squared."""
+    """How many singular values, largest first and not squared, reach a share of their sum: (..., N, N) -> (...)."""
     values = torch.linalg.svdvals(maps.cpu().double())                                       # ..., N
     return (values.cumsum(-1) / values.sum(-1, keepdim=True) < share).sum(-1) + 1
 

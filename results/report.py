@@ -1,23 +1,29 @@
-"""The README's tables and figure, made from the runs in this folder.
+"""The README's tables and figures, made from the rows in this folder.
 
-    python results/report.py            # write the tables into README.md
-    python results/report.py --figure   # draw assets/curves.png as well (needs matplotlib)
+    python results/report.py             # write the tables into README.md
+    python results/report.py --figures   # draw those in assets/ as well (needs matplotlib)
 
-NAME.jsonl is the metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the
-authors' logs whose weights are published; bench_*, soak-* are what the programs in benchmarks/ said.
+ladder.jsonl and cue.jsonl are what ladder.py appended, a row a run; properties.jsonl, collapse.jsonl and
+shape-bias.jsonl what eval.py said of these runs. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py
+left it; published.jsonl has the best epoch of each of the authors' logs whose weights are published; bench_*, soak-*
+are what the programs in benchmarks/ said.
 """
 import argparse
 import inspect
 import json
+import math
 import sys
 from pathlib import Path
+from statistics import NormalDist, fmean, stdev
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import model  # noqa: E402
-from model import STEPS, VisionTransformer, config  # noqa: E402
+from eval import multiply_accumulates, values_for  # noqa: E402
+from ladder import RUNGS as FLAGS  # noqa: E402
+from model import SIZES, STEPS, VisionTransformer, config  # noqa: E402
 
 CIFAR = "python train.py --data datasets/cifar10"
 
@@ -31,36 +37,190 @@ RUNS = {  # name: what it is, and the command that makes it again
 }
 
 
-LADDER = {  # rung: what it does, its formula, where it stands, and the published ImageNet top-1 at size T
+LADDER = {  # rung: what it does, its formula, where it stands
     "vit": ("a vision transformer",
-            "x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block, "73.9"),
+            "x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
     "swiglu": ("LLaMA's gated MLP",
-               "W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU, "74.3"),
+               "W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
     "rmsnorm": ("LLaMA's norm",
-                "x / √(mean(x²) + ε) · w", model.RMSNorm, "74.5"),
+                "x / √(mean(x²) + ε) · w", model.RMSNorm),
     "causal": ("LLaMA's mask, and a **collapse**",
-               "softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks, "none"),
+               "softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks),
     "ps_cls": ("the cure: the class token goes last",
-               "[patch₁ … patch_P, cls]", VisionTransformer.embed, "71.9"),
+               "[patch₁ … patch_P, cls]", VisionTransformer.embed),
     "rope": ("rotary positions in place of learned ones",
-             "(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate, "72.6"),
+             "(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
     "abs_pos": ("learned positions as well",
-                "x + pos", VisionTransformer.embed, "73.2"),
+                "x + pos", VisionTransformer.embed),
     "soft_mask": ("causal little by little: **iLLaMA**",
-                  "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks, "75.0 ²"),
+                  "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks),
 }
 
 
 def ladder_table():
-    lines = ["| `--step` | what it does | formula | code | parameters | published ¹ |", "|---|---|---|---|--:|--:|"]
+    lines = ["| `--step` | formula | code | parameters |", "|---|---|---|--:|"]
     for step in STEPS:
-        what, formula, code, published = LADDER[step]
+        _, formula, code = LADDER[step]
         source, first = inspect.getsourcelines(code)
         link = f"[`{code.__name__}`](model.py#L{first}-L{first + len(source) - 1})"
         with torch.device("meta"):
             parameters = sum(p.numel() for p in VisionTransformer(config("tiny", step)).parameters())
-        lines.append(f"| `{step}` | {what} | {formula} | {link} | {parameters:,} | {published} |")
+        lines.append(f"| `{step}` | {formula} | {link} | {parameters:,} |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments
+
+
+RUNGS = {  # of ladder.py: what it does, what it is compared with, and the published ImageNet top-1 at size T
+    "vit": (LADDER["vit"][0], None, 73.9),
+    "swiglu": (LADDER["swiglu"][0], "vit", 74.3),
+    "rmsnorm": (LADDER["rmsnorm"][0], "swiglu", 74.5),
+    "causal": (LADDER["causal"][0], "rmsnorm", None),
+    "modified": ("class token first, and it alone sees all", "rmsnorm", None),
+    "soft_first": ("class token first, and the **leak**", "causal", None),
+    "ps_cls": (LADDER["ps_cls"][0], "rmsnorm", 71.9),
+    "rope": (LADDER["rope"][0], "ps_cls", 72.6),
+    "abs_pos": (LADDER["abs_pos"][0], "rope", 73.2),
+    "soft_mask": (LADDER["soft_mask"][0], "abs_pos", 75.0),
+    "soft_constant": ("alpha 1 for an epoch, then 0 at once", "soft_mask", None),
+    "soft_log": ("a soft mask that does not leak", "soft_mask", None),
+}
+
+
+def by_rung(name, key="test_acc1", **fields):
+    """{rung: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
+    found = {}
+    for row in rows(name):
+        if all(row[field] == value for field, value in fields.items()):
+            found.setdefault(row["step"], {})[row["seed"]] = row[key]
+    return found
+
+
+def climbed():
+    """{rung: accuracies} of the longest runs that there are of every rung, by the seeds that all rungs have; and their
+    epochs."""
+    for last in sorted({row["epoch"] for row in rows("ladder")}, reverse=True):
+        found = by_rung("ladder", epoch=last)
+        seeds = sorted(set.intersection(*(set(values) for values in found.values())))
+        if found.keys() >= RUNGS.keys() and len(seeds) > 1:
+            return {rung: [found[rung][seed] for seed in seeds] for rung in RUNGS}, last + 1
+    raise ValueError("ladder.jsonl has no two seeds of every rung: run results/ladder.py")
+
+
+def quantile_of_t(degrees, share=0.95):
+    """Within how many standard errors a share of Student's t distribution lies: Fisher's expansion about the normal."""
+    z = NormalDist().inv_cdf((1 + share) / 2)
+    return z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+
+
+def least_difference(found):
+    """From where on a difference between two rungs' means is not noise (95 %), in a design of rungs x seeds.
+
+    A seed fixes the order of the pictures and their crops, and so moves all rungs together; what is left of a run when
+    its rung's and its seed's means are taken out is the noise. Rungs whose class token is blind have another, or none.
+    """
+    runs = [values for rung, values in found.items() if rung not in ("causal", "soft_first")]
+    seeds = len(runs[0])
+    means = [fmean(values[seed] for values in runs) for seed in range(seeds)]
+    left = [value - fmean(values) - mean + fmean(means) for values in runs for value, mean in zip(values, means)]
+    degrees = (len(runs) - 1) * (seeds - 1)
+    return quantile_of_t(degrees) * math.sqrt(sum(x ** 2 for x in left) / degrees * 2 / seeds)
+
+
+def plus_minus(values, digits=1):
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def steps_table():
+    found, epochs = climbed()
+    bound = least_difference(found)
+    lines = ["| `--step` | what it does | CIFAR-10 top-1, here | against | difference | outside the noise? "
+             "| ImageNet top-1, published ¹ |", "|---|---|--:|---|--:|---|--:|"]
+    for rung, (what, peer, published) in RUNGS.items():
+        cells = ["", "", ""]
+        if peer:
+            change = fmean(found[rung]) - fmean(found[peer])
+            cells = [f"`{peer}`", f"{change:+.1f}", "yes" if abs(change) > bound else "no"]
+        theirs = "" if published is None else f"{published}{' ²' if rung == 'soft_mask' else ''}"
+        flags = FLAGS[rung].removeprefix("--step ")
+        lines.append(f"| `{flags}` | {what} | {plus_minus(found[rung])} | {' | '.join(cells)} | {theirs} |")
+    table = "\n".join(lines)
+    return f"""{table}
+
+Mean and standard deviation of {len(found["vit"])} seeds, {epochs} epochs. Rungs whose means are less than {bound:.1f} points
+apart cannot be told apart by these runs (95 %, Student's t, what a seed does to all rungs taken out). That does not make
+them equal."""
+
+
+def collapse_table():
+    lines = ["| rung | where the class token looks, block by block | variance of a logit over pictures |", "|---|---|--:|"]
+    for row in rows("collapse"):
+        picture = f'<img src="assets/attention-{row["step"]}.png" alt="Attention of {row["step"]}">'
+        lines.append(f"| `{row['step']}` | {picture} | {row['logit_variance']:.2g} |")
+    return "\n".join(lines)
+
+
+def seeds_of(name, key, step):
+    return list(by_rung(name, key)[step].values())
+
+
+def rank_table():
+    lines = ["| block | ViT, 80 % | iLLaMA, 80 % | ViT, 90 % | iLLaMA, 90 % |", "|---|--:|--:|--:|--:|"]
+    columns = [seeds_of("properties", key, step) for key in ("rank_80", "rank_90") for step in ("vit", "soft_mask")]
+    for block in range(len(columns[0][0])):
+        cells = [plus_minus([fmean(seed[block]) for seed in column]) for column in columns]
+        lines.append(f"| {block + 1} | {' | '.join(cells)} |")
+    uniform = torch.full((65, 65), 1 / 65)                               # attention that tells no token from another
+    cells = [str(values_for(share, each).item()) for share in (0.8, 0.9) for each in (uniform, uniform.tril())]
+    return "\n".join([*lines, f"| uniform attention | {' | '.join(cells)} |"])
+
+
+def calibration_table():
+    lines = ["| | top-1 | calibration error |", "|---|--:|--:|"]
+    for step, name in (("vit", "ViT"), ("soft_mask", "iLLaMA")):
+        accuracy, error = (seeds_of("properties", key, step) for key in ("test_acc1", "ece"))
+        lines.append(f"| {name} | {plus_minus(accuracy)} % | {plus_minus([100 * ece for ece in error])} % |")
+    return "\n".join(lines)
+
+
+def shape_table():
+    lines = ["| | top-1, both cues agree | shape bias, cues at odds |", "|---|--:|--:|"]
+    for step, name in (("vit", "ViT"), ("soft_mask", "iLLaMA")):
+        accuracy, bias = (seeds_of("shape-bias", key, step) for key in ("test_acc1", "shape_bias"))
+        lines.append(f"| {name} | {plus_minus(accuracy)} % | {plus_minus([100 * share for share in bias])} % |")
+    return "\n".join(lines)
+
+
+def int8_table():
+    lines = ["| | float32 | 8 bits | change | size |", "|---|--:|--:|--:|--:|"]
+    for step, name in (("vit", "ViT"), ("soft_mask", "iLLaMA")):
+        full, small, mb, small_mb = (seeds_of("properties", key, step)
+                                     for key in ("test_acc1", "int8_acc1", "float32_mb", "int8_mb"))
+        change = [b - a for a, b in zip(full, small)]
+        lines.append(f"| {name} | {plus_minus(full, 2)} % | {plus_minus(small, 2)} % "
+                     f"| {fmean(change):+.2f} ± {stdev(change):.2f} | {mb[0]:.2f} → {small_mb[0]:.2f} MB |")
+    return "\n".join(lines)
+
+
+def macs_table():
+    lines = ["| multiply-accumulates | published | as run | causal at best |", "|---|--:|--:|--:|"]
+    for size in list(SIZES)[1:]:
+        for img_size in (224, 384, 512):
+            macs = multiply_accumulates(config(size, img_size=img_size, mask="causal"))
+            cells = [f"{count / 1e9:.4f} G" for count in macs.values()]
+            lines.append(f"| {size}, {img_size} pixels | {' | '.join(cells)} |")
+    lines += ["", "| inference, size T, float32, eager, batch 4 | bidirectional | `causal` |", "|---|--:|--:|"]
+    found = measured("causal")
+    for img_size in (224, 384, 512):
+        rates = [found[name, "float32", False, img_size, 4]["images_per_s"] for name in ("bidirectional", "causal")]
+        lines.append(f"| {img_size} pixels | {rates[0]:.1f} images/s | {rates[1] / rates[0]:.2f} x |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory
 
 
 NAMES = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T", "torchvision base": "torchvision's vit_b_16",
@@ -170,27 +330,67 @@ def claim():
     (shapes, minutes), (cifar, more) = ((rows(name)[-1]["test_acc1"], rows(name)[-1]["time_s"] / 60)
                                         for name in ("shapes-tiny", "cifar10-nano"))
     return f"""Shown here, each by a test or a run: logits equal to the published code's within 1e-4, on every rung
-of size T and for iLLaMA-S; the published parameter counts, to the digit, for all sizes; and on two CPU cores
-{shapes:.1f} % top-1 on the built-in pictures after {minutes:.0f} minutes of the first command below, and
-{cifar:.1f} % on CIFAR-10 after {more:.0f}, both from scratch. The published models reach 75.0 % (5.7M parameters) to
-86.0 % (310M) on ImageNet: that takes GPUs, and has not been run here."""
+of size T and for iLLaMA-S; the published parameter counts, to the digit, for all sizes; on two CPU cores
+{shapes:.1f} % top-1 on the built-in pictures after {minutes:.0f} minutes, and {cifar:.1f} % on CIFAR-10 after {more:.0f}, both from
+scratch; and each step and each property that the paper claims, measured again on small models, whether it shows there or
+not. The published models reach 75.0 % (5.7M parameters) to 86.0 % (310M) on ImageNet: that takes GPUs, and has not been
+run here."""
 
 
 def written(readme):
     """The README's text with each part between its two marks made anew."""
-    parts = dict(claim=claim(), ladder=ladder_table(), runs=runs_table(), published=published_table(), speed=speed_table(),
-                 memory=memory_table(), growth=growth_table(), soak=soak_table())
+    parts = dict(claim=claim, ladder=ladder_table, steps=steps_table, collapse=collapse_table, rank=rank_table,
+                 calibration=calibration_table, shape=shape_table, int8=int8_table, macs=macs_table, runs=runs_table,
+                 published=published_table, speed=speed_table, memory=memory_table, growth=growth_table, soak=soak_table)
     for mark, table in parts.items():
         before, after = readme.split(f"<!-- {mark} -->\n")
-        readme = f"{before}<!-- {mark} -->\n{table}\n{after[after.index('<!-- end -->'):]}"
+        readme = f"{before}<!-- {mark} -->\n{table()}\n{after[after.index('<!-- end -->'):]}"
     return readme
 
 
-def figure():
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        sys.exit("error: --figure needs matplotlib: pip install matplotlib")
+def draw_ladder(plt):
+    """Each seed a dot, each mean a bar; below, the published accuracies."""
+    found, _ = climbed()
+    fig, (ours, theirs) = plt.subplots(2, figsize=(8, 5), sharex=True, height_ratios=(3, 2), layout="constrained")
+    for x, (rung, (_, _, published)) in enumerate(RUNGS.items()):
+        colour = "C0" if rung in STEPS else "C1"
+        if rung == "causal":
+            text = f"collapsed:\n{fmean(found[rung]):.1f} %"
+            ours.annotate(text, (x, 0.02), xycoords=("data", "axes fraction"), ha="center")
+        else:
+            ours.plot([x] * len(found[rung]), found[rung], "o", color=colour, markersize=4, alpha=0.6)
+            ours.plot([x - 0.3, x + 0.3], [fmean(found[rung])] * 2, color=colour)
+        if published is not None:
+            theirs.plot(x, published, "s", color="C2")
+    lowest = min(min(values) for rung, values in found.items() if rung != "causal")
+    ours.set(ylabel="CIFAR-10 top-1, here, %", ylim=(lowest - 3, None))
+    theirs.set(ylabel="ImageNet top-1,\npublished, size T, %", ylim=(71, 76))
+    theirs.set_xticks(range(len(RUNGS)), RUNGS, rotation=30, ha="right")
+    for ax in (ours, theirs):
+        ax.grid(alpha=0.3)
+    fig.savefig(ROOT / "assets" / "ladder.png", dpi=130)
+
+
+def draw_properties(plt):
+    """How flat the attention maps are, and how often a model is right when it is so sure."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for step, name, colour, shift in (("vit", "ViT", "C1", -0.1), ("soft_mask", "iLLaMA", "C0", 0.1)):
+        seeds = seeds_of("properties", "rank_90", step)
+        points = [(block + 1 + shift, count) for seed in seeds for block, heads in enumerate(seed) for count in heads]
+        left.plot(*zip(*points), "o", color=colour, markersize=4, alpha=0.5, label=name)
+        for i, bins in enumerate(seeds_of("properties", "reliability", step)):
+            points = [(100 * sure, 100 * accuracy) for pictures, sure, accuracy in bins if pictures >= 30]
+            right.plot(*zip(*points), "o-", color=colour, markersize=3, alpha=0.6, label=None if i else name)
+    right.plot([0, 100], [0, 100], ":", color="grey")
+    left.set(xlabel="block", ylabel="singular values for 90 %", xticks=range(1, len(seeds[0]) + 1), ylim=(0, None))
+    right.set(xlabel="confidence, %", ylabel="right, %", xlim=(0, 100), ylim=(0, 100))
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    fig.savefig(ROOT / "assets" / "properties.png", dpi=130)
+
+
+def draw_curves(plt):
     fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for name, (title, _) in RUNS.items():
         ax.plot([row["time_s"] / 60 for row in rows(name)], [row["test_acc1"] for row in rows(name)], "o-",
@@ -202,10 +402,15 @@ def figure():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the README's tables and figure from the runs in results/.")
-    parser.add_argument("--figure", action="store_true", help="draw assets/curves.png as well")
+    parser = argparse.ArgumentParser(description="Make the README's tables and figures from the rows in results/.")
+    parser.add_argument("--figures", action="store_true", help="draw those in assets/ as well")
     args = parser.parse_args()
     path = ROOT / "README.md"
     path.write_text(written(path.read_text()))
-    if args.figure:
-        figure()
+    if args.figures:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            sys.exit("error: --figures needs matplotlib: pip install matplotlib")
+        for draw in (draw_ladder, draw_properties, draw_curves):
+            draw(plt)

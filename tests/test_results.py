@@ -1,0 +1,110 @@
+"""The experiments: what was run is not run again, and what the report says follows from the rows."""
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from conftest import ROOT, SMALL
+
+
+def ladder(tmp_path, data, seeds, wait=True):
+    """results/ladder.py with runs of seconds."""
+    program = f"""
+import runpy, sys
+sys.argv = ["ladder.py", "--data", {str(data)!r}, "--rungs", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
+            "--out", {str(tmp_path / "runs")!r}, "--table", {str(tmp_path / "table.jsonl")!r}]
+main = runpy.run_path({str(ROOT / "results" / "ladder.py")!r})["main"]
+main.__globals__["FLAGS"] = {" ".join(SMALL)!r}
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    return process.communicate(timeout=100)[0] if wait else process
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
+    assert ladder(tmp_path, photos, 1).startswith("2 runs to do")
+    first = rows(tmp_path)
+    assert {(row["step"], row["seed"]) for row in first} == {("vit", 0), ("soft_log", 0)}
+    for row in first:                                                # a row is the last one of a plain run of train.py
+        (last,) = (tmp_path / "runs" / f"{row['step']}-0" / "metrics.jsonl").read_text().splitlines()[1:]
+        assert row | dict(step=None) == json.loads(last) | dict(step=None) and row["epoch"] == 1
+    alone = tmp_path / "alone"
+    train.main(["--data", str(photos), "--step", "soft_mask", "--mask", "soft_log", "--out", str(alone), *SMALL])
+    assert [row["test_loss"] for row in first if row["step"] == "soft_log"] == pytest.approx(
+        [json.loads((alone / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]], rel=1e-5)
+    assert ladder(tmp_path, photos, 2).startswith("2 runs to do")
+    assert rows(tmp_path)[:2] == first and [row["seed"] for row in rows(tmp_path)] == [0, 0, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
+    process = ladder(tmp_path, "shapes", 1, wait=False)
+    for _ in range(600):
+        if len(list((tmp_path / "runs").glob("*/config.json"))) == 2:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and said.count("not finished, see") == 2 and not (tmp_path / "table.jsonl").exists()
+    logs = list((tmp_path / "runs").glob("*/log.txt"))
+    assert all("preempted at iteration" in log.read_text() for log in logs)
+    process = ladder(tmp_path, "shapes", 1, wait=False)
+    for _ in range(600):
+        if all("resume  " in log.read_text() for log in logs):
+            break
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=100)
+    assert all(re.search(r"resume  .* at iteration \d+ of", log.read_text()) for log in logs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@pytest.fixture(scope="module")
+def report():
+    return runpy.run_path(str(ROOT / "results" / "report.py"))
+
+
+def test_quantiles_are_those_of_students_t(report):
+    found = [report["quantile_of_t"](degrees) for degrees in (10, 22, 60)]
+    assert found == pytest.approx([2.228, 2.074, 2.000], abs=4e-3)
+
+
+def test_noise_is_what_neither_rung_nor_seed_explains(report):
+    seeds, noise = [0, 3, -1], [[0.1, -0.2, 0.1], [-0.1, 0.2, -0.1]]         # rows and columns sum to 0
+    found = {rung: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, rung in enumerate(("vit", "swiglu"))}
+    squares, degrees = 0.12, 2
+    expected = report["quantile_of_t"](degrees) * (squares / degrees * 2 / 3) ** 0.5
+    assert report["least_difference"](found | {"causal": [10, 10, 10]}) == pytest.approx(expected)
+
+
+def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(report):
+    def row(rung, seed, accuracy, epoch=2):
+        return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
+    wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1]
+    table = [row(rung, seed, 50 + 5 * (rung != "vit") + seed + wobble[i] * (1 - 2 * seed))
+             for i, rung in enumerate(report["RUNGS"]) for seed in (0, 1)]
+    table = [row("vit", 0, 99), *table, row("vit", 0, 80, epoch=9)]          # overwritten; of a longer run of one rung
+    globals_ = report["steps_table"].__globals__
+    before, globals_["rows"] = globals_["rows"], lambda name: table
+    try:
+        lines = {line.split(" | ")[0]: line for line in report["steps_table"]().splitlines()}
+    finally:
+        globals_["rows"] = before
+    assert "| a vision transformer | 50.5 ± 0.6 |" in lines["| `vit`"]
+    assert "| `vit` | +5.0 | yes | 74.3 |" in lines["| `swiglu`"]
+    assert "| `swiglu` | +0.0 | no | 74.5 |" in lines["| `rmsnorm`"]
