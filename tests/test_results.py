@@ -14,12 +14,12 @@ import train
 from conftest import ROOT, SMALL
 
 
-def ladder(tmp_path, data, seeds, wait=True):
+def ladder(tmp_path, data, seeds, epochs=2, wait=True):
     """results/ladder.py with runs of seconds."""
     program = f"""
 import runpy, sys
 sys.argv = ["ladder.py", "--data", {str(data)!r}, "--rungs", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
-            "--out", {str(tmp_path / "runs")!r}, "--table", {str(tmp_path / "table.jsonl")!r}]
+            "--epochs", "{epochs}", "--out", {str(tmp_path / f"runs-{epochs}")!r}, "--table", {str(tmp_path / "table.jsonl")!r}]
 main = runpy.run_path({str(ROOT / "results" / "ladder.py")!r})["main"]
 main.__globals__["FLAGS"] = {" ".join(SMALL)!r}
 main()
@@ -38,7 +38,7 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
     first = rows(tmp_path)
     assert {(row["step"], row["seed"]) for row in first} == {("vit", 0), ("soft_log", 0)}
     for row in first:                                                # a row is the last one of a plain run of train.py
-        (last,) = (tmp_path / "runs" / f"{row['step']}-0" / "metrics.jsonl").read_text().splitlines()[1:]
+        (last,) = (tmp_path / "runs-2" / f"{row['step']}-0" / "metrics.jsonl").read_text().splitlines()[1:]
         assert row | dict(step=None) == json.loads(last) | dict(step=None) and row["epoch"] == 1
     alone = tmp_path / "alone"
     train.main(["--data", str(photos), "--step", "soft_mask", "--mask", "soft_log", "--out", str(alone), *SMALL])
@@ -46,19 +46,21 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
         [json.loads((alone / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]], rel=1e-5)
     assert ladder(tmp_path, photos, 2).startswith("2 runs to do")
     assert rows(tmp_path)[:2] == first and [row["seed"] for row in rows(tmp_path)] == [0, 0, 1, 1]
+    assert ladder(tmp_path, photos, 1, epochs=1).startswith("2 runs to do")          # longer or shorter: beside the others
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.slow
 def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
     process = ladder(tmp_path, "shapes", 1, wait=False)
     for _ in range(600):
-        if len(list((tmp_path / "runs").glob("*/config.json"))) == 2:
+        if len(list((tmp_path / "runs-2").glob("*/config.json"))) == 2:
             break
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     said = process.communicate(timeout=100)[0]
     assert process.returncode == 1 and said.count("not finished, see") == 2 and not (tmp_path / "table.jsonl").exists()
-    logs = list((tmp_path / "runs").glob("*/log.txt"))
+    logs = list((tmp_path / "runs-2").glob("*/log.txt"))
     assert all("preempted at iteration" in log.read_text() for log in logs)
     process = ladder(tmp_path, "shapes", 1, wait=False)
     for _ in range(600):
