@@ -98,9 +98,11 @@ def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_las
     def row(rung, seed, accuracy, epoch=2):
         return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1]
-    table = [row(rung, seed, 50 + 5 * (rung != "vit") + seed + wobble[i] * (1 - 2 * seed))
-             for i, rung in enumerate(report["RUNGS"]) for seed in (0, 1)]
-    table = [row("vit", 0, 99), *table, row("vit", 0, 80, epoch=9)]          # overwritten; of a longer run of one rung
+    means = dict.fromkeys(report["RUNGS"], 55) | dict(vit=50, causal=10, modified=55.1)
+    table = [row(rung, seed, mean + seed + wobble[i] * (1 - 2 * seed))
+             for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
+    shorter = [row(rung, seed, 30, epoch=1) for rung in means for seed in (0, 1, 2)]
+    table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one rung
     globals_ = report["steps_table"].__globals__
     before, globals_["rows"] = globals_["rows"], lambda name: table
     try:
@@ -110,3 +112,5 @@ def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_las
     assert "| a vision transformer | 50.5 ± 0.6 |" in lines["| `vit`"]
     assert "| `vit` | +5.0 | yes | 74.3 |" in lines["| `swiglu`"]
     assert "| `swiglu` | +0.0 | no | 74.5 |" in lines["| `rmsnorm`"]
+    assert "| `rmsnorm` | +0.1 | no |" in lines["| `rmsnorm --mask modified`"]
+    assert "| `rmsnorm` | -45.0 | yes |" in lines["| `causal`"]
