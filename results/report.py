@@ -186,10 +186,10 @@ def calibration_table():
 
 
 def shape_table():
-    lines = ["| | top-1, both cues agree | shape bias, cues at odds |", "|---|--:|--:|"]
-    for step, name in (("vit", "ViT"), ("soft_mask", "iLLaMA")):
+    lines = ["| rung | top-1, both cues agree | shape bias, cues at odds |", "|---|--:|--:|"]
+    for step in by_rung("shape-bias"):
         accuracy, bias = (seeds_of("shape-bias", key, step) for key in ("test_acc1", "shape_bias"))
-        lines.append(f"| {name} | {plus_minus(accuracy)} % | {plus_minus([100 * share for share in bias])} % |")
+        lines.append(f"| `{step}` | {plus_minus(accuracy)} % | {plus_minus([100 * share for share in bias])} % |")
     return "\n".join(lines)
 
 

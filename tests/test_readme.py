@@ -25,3 +25,12 @@ def test_links_lead_to_files_that_exist():
 @pytest.mark.parametrize("command", re.findall(r"^[^`]*(?:python|torchrun).* train.py(.*?)(?:#.*)?$", README, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse_flags(shlex.split(command))
+
+
+def test_other_commands_have_flags_that_exist():
+    commands = re.findall(r"^[^`\n]*(?:python|torchrun)[^`\n]* ((?:\w+/)?\w+\.py)(.*?)(?:#.*)?$", README, re.M)
+    commands = [(file, flags) for file, flags in commands if file not in ("train.py", "benchmarks/soak.py")]   # which train
+    assert {file for file, _ in commands} > {"eval.py", "data.py", "results/ladder.py", "benchmarks/bench_model.py"}
+    for file, flags in commands:
+        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
+            assert f'"{flag}"' in (ROOT / file).read_text(), f"{file} {flag}"
