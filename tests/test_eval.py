@@ -256,20 +256,24 @@ def test_a_category_has_the_mean_probability_of_its_classes():
     assert evaluation.decide(logits, {"first": [0], "second": [1, 2, 3]}) == ["first", "second"]
 
 
+def cue_conflict(root, *names):
+    """Writes SHAPE/shapeN-textureN.png; returns pictures as the model takes them, and pairs [shape, texture]."""
+    pixels, pairs = [], [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
+    for i, (name, (shape, _)) in enumerate(zip(names, pairs)):
+        (root / shape).mkdir(parents=True, exist_ok=True)
+        picture = Image.frombytes("RGB", (16, 16), random.Random(i).randbytes(768))
+        picture.save(root / shape / f"{name}.png")
+        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return normalize(torch.stack(pixels)), pairs
+
+
 def test_cue_conflict_pictures_are_read_from_their_names(photos, tmp_path, capsys):
     model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
-    names = ["cat1-dog2", "cat2-cat1", "dog10-owl3", "dog2-cat11", "owl1-dog1", "owl2-owl2"]
-    pixels = []
-    for i, name in enumerate(names):
-        folder = tmp_path / "cue" / name.split("-")[0].rstrip("0123456789")
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.frombytes("RGB", (16, 16), random.Random(i).randbytes(768))
-        picture.save(folder / f"{name}.png")
-        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    images, pairs = cue_conflict(tmp_path / "cue", "cat1-dog2", "cat2-cat1", "dog10-owl3", "dog2-cat11", "owl1-dog1",
+                                 "owl2-owl2")
     with torch.no_grad():
-        guesses = [["cat", "dog", "owl"][i] for i in model(normalize(torch.stack(pixels))).argmax(1)]
+        guesses = [["cat", "dog", "owl"][i] for i in model(images).argmax(1)]
     result = json.loads(printed([tmp_path / "a.pt", "--shape-bias", tmp_path / "cue", "--json"], capsys))
-    pairs = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
     decided = [guess == shape for guess, (shape, texture) in zip(guesses, pairs)
                if shape != texture and guess in (shape, texture)]
     assert (result["conflicts"], result["decided"]) == (4, len(decided)) and 0 < len(decided)
@@ -285,24 +289,17 @@ def test_cue_conflict_pictures_are_read_from_their_names(photos, tmp_path, capsy
 def test_a_model_of_a_thousand_classes_decides_by_the_sixteen_categories(photos, tmp_path, capsys):
     classes = ["cat", "dog", "owl", *map(str, range(997))]
     model = saved(tmp_path / "a.pt", photos, classes)
-    names, pixels = ["cat1-dog2", "bear3-cat1", "dog2-truck4", "oven1-dog9", "bird1-boat1", "truck2-bird2"], []
-    for i, name in enumerate(names):
-        folder = tmp_path / "cue" / name.split("-")[0].rstrip("0123456789")
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.frombytes("RGB", (16, 16), random.Random(i).randbytes(768))
-        picture.save(folder / f"{name}.png")
-        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    images, pairs = cue_conflict(tmp_path / "cue", "cat1-dog2", "bear3-cat1", "dog2-truck4", "oven1-dog9", "bird1-boat1",
+                                 "truck2-bird2")
     with torch.no_grad():
-        guesses = evaluation.decide(model(normalize(torch.stack(pixels))), categories(classes))
+        guesses = evaluation.decide(model(images), categories(classes))
     result = json.loads(printed([tmp_path / "a.pt", "--shape-bias", tmp_path / "cue", "--json"], capsys))
-    pairs = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
     assert result["decided"] == sum(guess in pair for guess, pair in zip(guesses, pairs)) and result["conflicts"] == 6
 
 
 def test_a_shape_bias_without_decisions_is_undefined(photos, tmp_path, capsys):
     saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
-    (tmp_path / "cue" / "cat").mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(tmp_path / "cue" / "cat" / "cat1-cat2.png")
+    cue_conflict(tmp_path / "cue", "cat1-cat2")
     flags = [tmp_path / "a.pt", "--shape-bias", tmp_path / "cue"]
     result = json.loads(printed([*flags, "--json"], capsys))
     assert (result["shape_bias"], result["conflicts"], result["decided"]) == (None, 0, 0)
