@@ -144,14 +144,16 @@ def predict(model, batches, device, dtype=torch.float32, stop=Event()):
         yield logits.float(), labels
 
 
-def evaluate(model, batches, device, dtype=torch.float32, stop=Event()):
+def evaluate(model, batches, device, dtype=torch.float32, stop=Event(), keep=None):
     """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
 
     Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` was set in
-    between.
+    between. `keep`, if given, is a list that takes this rank's (logits, labels) of each batch.
     """
     start, rows = time.time(), [torch.zeros(4)]
     for logits, labels in predict(model, batches, device, dtype, stop):
+        if keep is not None:
+            keep.append((logits, labels))
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
@@ -476,12 +478,12 @@ def main(argv=None):
         return loader(Images(pictures, transform), sampler, args.workers)
 
     with explain():
-        batches = batches_of(source)
-        result = evaluate(model, batches, device, dtype)
+        batches, kept = batches_of(source), [] if args.calibration else None
+        result = evaluate(model, batches, device, dtype, keep=kept)
         result |= dict(mask=model.cfg.mask, alpha=alpha, img_size=size, dtype=str(dtype).removeprefix("torch."))
         result |= {name: run[name] for name in ("step", "seed") if name in run}
         if args.calibration:
-            result |= calibration(*map(torch.cat, zip(*predict(model, batches, device, dtype))))
+            result |= calibration(*map(torch.cat, zip(*kept)))
         if args.int8:
             small, size_int8 = quantize(model)
             result |= dict(int8_acc1=evaluate(small, batches, device)["test_acc1"], int8_mb=size_int8 / 1e6,

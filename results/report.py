@@ -37,30 +37,22 @@ RUNS = {  # name: what it is, and the command that makes it again
 }
 
 
-LADDER = {  # rung: what it does, its formula, where it stands
-    "vit": ("a vision transformer",
-            "x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
-    "swiglu": ("LLaMA's gated MLP",
-               "W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
-    "rmsnorm": ("LLaMA's norm",
-                "x / √(mean(x²) + ε) · w", model.RMSNorm),
-    "causal": ("LLaMA's mask, and a **collapse**",
-               "softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks),
-    "ps_cls": ("the cure: the class token goes last",
-               "[patch₁ … patch_P, cls]", VisionTransformer.embed),
-    "rope": ("rotary positions in place of learned ones",
-             "(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
-    "abs_pos": ("learned positions as well",
-                "x + pos", VisionTransformer.embed),
-    "soft_mask": ("causal little by little: **iLLaMA**",
-                  "softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks),
+LADDER = {  # rung: its formula, and where it stands
+    "vit": ("x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
+    "swiglu": ("W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
+    "rmsnorm": ("x / √(mean(x²) + ε) · w", model.RMSNorm),
+    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks),
+    "ps_cls": ("[patch₁ … patch_P, cls]", VisionTransformer.embed),
+    "rope": ("(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
+    "abs_pos": ("x + pos", VisionTransformer.embed),
+    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks),
 }
 
 
 def ladder_table():
     lines = ["| `--step` | formula | code | parameters |", "|---|---|---|--:|"]
     for step in STEPS:
-        _, formula, code = LADDER[step]
+        formula, code = LADDER[step]
         source, first = inspect.getsourcelines(code)
         link = f"[`{code.__name__}`](model.py#L{first}-L{first + len(source) - 1})"
         with torch.device("meta"):
@@ -74,16 +66,16 @@ def ladder_table():
 
 
 RUNGS = {  # of ladder.py: what it does, what it is compared with, and the published ImageNet top-1 at size T
-    "vit": (LADDER["vit"][0], None, 73.9),
-    "swiglu": (LADDER["swiglu"][0], "vit", 74.3),
-    "rmsnorm": (LADDER["rmsnorm"][0], "swiglu", 74.5),
-    "causal": (LADDER["causal"][0], "rmsnorm", None),
+    "vit": ("a vision transformer", None, 73.9),
+    "swiglu": ("LLaMA's gated MLP", "vit", 74.3),
+    "rmsnorm": ("LLaMA's norm", "swiglu", 74.5),
+    "causal": ("LLaMA's mask, and a **collapse**", "rmsnorm", None),
     "modified": ("class token first, and it alone sees all", "rmsnorm", None),
     "soft_first": ("class token first, and the **leak**", "causal", None),
-    "ps_cls": (LADDER["ps_cls"][0], "rmsnorm", 71.9),
-    "rope": (LADDER["rope"][0], "ps_cls", 72.6),
-    "abs_pos": (LADDER["abs_pos"][0], "rope", 73.2),
-    "soft_mask": (LADDER["soft_mask"][0], "abs_pos", 75.0),
+    "ps_cls": ("the cure: the class token goes last", "rmsnorm", 71.9),
+    "rope": ("rotary positions in place of learned ones", "ps_cls", 72.6),
+    "abs_pos": ("learned positions as well", "rope", 73.2),
+    "soft_mask": ("causal little by little: **iLLaMA**", "abs_pos", 75.0),
     "soft_constant": ("alpha 1 for an epoch, then 0 at once", "soft_mask", None),
     "soft_log": ("a soft mask that does not leak", "soft_mask", None),
 }

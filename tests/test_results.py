@@ -94,7 +94,7 @@ def test_noise_is_what_neither_rung_nor_seed_explains(report):
     assert report["least_difference"](found | {"causal": [10, 10, 10]}) == pytest.approx(expected)
 
 
-def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(report):
+def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(report, monkeypatch):
     def row(rung, seed, accuracy, epoch=2):
         return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1]
@@ -103,12 +103,8 @@ def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_las
              for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
     shorter = [row(rung, seed, 30, epoch=1) for rung in means for seed in (0, 1, 2)]
     table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one rung
-    globals_ = report["steps_table"].__globals__
-    before, globals_["rows"] = globals_["rows"], lambda name: table
-    try:
-        lines = {line.split(" | ")[0]: line for line in report["steps_table"]().splitlines()}
-    finally:
-        globals_["rows"] = before
+    monkeypatch.setitem(report["steps_table"].__globals__, "rows", lambda name: table)
+    lines = {line.split(" | ")[0]: line for line in report["steps_table"]().splitlines()}
     assert "| a vision transformer | 50.5 ± 0.6 |" in lines["| `vit`"]
     assert "| `vit` | +5.0 | yes | 74.3 |" in lines["| `swiglu`"]
     assert "| `swiglu` | +0.0 | no | 74.5 |" in lines["| `rmsnorm`"]
