@@ -16,6 +16,7 @@ import atexit
 import io
 import math
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -74,7 +76,7 @@ def open_folder(root, split, classes):
         raise ValueError(f"--data {root} is neither one of {', '.join(BUILT_IN)} nor a folder: check the path")
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: put pictures into {folder}/CLASS/, a folder for each class")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not found:
         raise ValueError(f"{folder} has no class folders: put pictures into {folder}/CLASS/, a folder for each class")
     classes = found if classes is None else list(classes)
@@ -82,29 +84,55 @@ def open_folder(root, split, classes):
     if unknown:
         raise ValueError(f"{folder} has the class folders {some(unknown)}, which are not among the {len(classes)} "
                          f"classes that are known ({some(classes)}): use the data that the model was trained on")
-    try:
-        return ImageFolder(folder, classes)
-    except FileNotFoundError as error:                     # ImageFolder's own check
-        raise ValueError(f"{folder} has class folders without pictures (torchvision: {str(error).splitlines()[0]}): "
-                         "fill or remove them") from error
+    return ImageFolder(folder, found, classes)
 
 
-class ImageFolder(datasets.ImageFolder):
-    """torchvision's, with labels by a given list of classes; not all of them need to be there."""
+class ImageFolder(Dataset):
+    """The images in FOLDER/CLASS/ and its subfolders, in torchvision's order, with labels by a list of classes.
 
-    def __init__(self, folder, classes):
-        self.known = {name: label for label, name in enumerate(classes)}
-        super().__init__(folder, loader=read_image)
-        self.classes = list(classes)
+    Paths and labels are arrays: a list's objects would be copied to every worker, for their reference counts change.
+    """
 
-    def find_classes(self, folder):
-        names, _ = super().find_classes(folder)
-        return names, {name: self.known[name] for name in names}
+    def __init__(self, folder, found, classes):
+        paths, labels, seen, self.classes = [], [], set(), list(classes)
+        for name in found:
+            for place, files in sorted(walk(folder / name, seen)):
+                paths += [os.fsencode(os.path.join(place, file)) for file in files]
+            labels += [self.classes.index(name)] * (len(paths) - len(labels))
+        empty = set(found) - {self.classes[label] for label in set(labels)}
+        if empty:
+            raise ValueError(f"{folder} has class folders without pictures ({some(sorted(empty))}): fill or remove them")
+        self.paths, self.labels = np.array(paths), np.array(labels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, index):
+        return os.fsdecode(self.paths[index].item())
+
+    def __getitem__(self, index):
+        return read_image(self.path(index)), self.labels[index].item()
+
+
+def walk(top, seen):
+    """(folder, its image files, sorted) of a folder and those below it, links followed; hidden ones do not count.
+
+    ValueError if a folder is one of `seen`: a link that leads back would be followed for ever, or double the data.
+    """
+    for place, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise ValueError(f"{place} links to a folder that is already among the data, {real}: remove the link")
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield place, sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
 
 
 def read_image(path):
     """A picture file as a PIL image in RGB. ValueError that names it if it is none."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):                   # a pipe would be waited for
+            raise ValueError("it is not a file")
         with open(path, "rb") as file:
             image = Image.open(io.BytesIO(file.read()))
         image.load()
@@ -275,7 +303,8 @@ def open_conflict(data, img_size):
             raise ValueError(f"--shape-bias {data} is neither shapes-cue nor a folder: give one with pictures "
                              "SHAPE/shapeN-textureN.png")
         source = open_folder(Path(data).parent, Path(data).name, None)
-        found = {path: re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem) for path, _ in source.samples}
+        paths = [source.path(index) for index in range(len(source))]
+        found = {path: re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem) for path in paths}
         for path, match in found.items():
             if not match or match[1] != Path(path).parent.name:
                 raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
@@ -287,11 +316,16 @@ def open_conflict(data, img_size):
 # Transforms: PIL image in, PIL image of size x size out; `rng` is their only source of randomness
 
 
-def fit(image, size):
-    """Resize the shorter side to `size` and cut out the middle square; a picture of that size is left alone."""
-    if image.size == (size, size):
+def fit(image, size, crop=None):
+    """Resize the shorter side to `size` and cut out the middle square, `crop` or as large; a square of that size is left
+    alone. Of an image longer than 16:1 the ends go first: resized, they could take gigabytes.
+    """
+    if image.size == (size, size) and not crop:
         return image
-    return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), size)
+    longest = 16 * min(image.size)
+    if max(image.size) > longest:
+        image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), crop or size)
 
 
 def eval_transform(image, rng, size):
@@ -300,7 +334,7 @@ def eval_transform(image, rng, size):
         return fit(image, size)
     if size >= 384:
         return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
-    return TF.center_crop(TF.resize(image, int(size / 0.875), InterpolationMode.BICUBIC), size)
+    return fit(image, int(size / 0.875), size)
 
 
 def train_transform(image, rng, size, augment=False):
@@ -384,7 +418,10 @@ def rand_augment(image, rng):
 
 def normalize(images):
     """Bytes to what the model takes: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
-    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+    images = TF.to_dtype(images, torch.float32, scale=True)                      # new, so it may be changed in place
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD):                  # numbers, which need no copy to a GPU
+        channel.sub_(mean).div_(std)
+    return images
 
 
 def erase(images, rng, probability):
@@ -456,27 +493,29 @@ class Images(Dataset):
 
 
 class TrainSampler(Sampler):
-    """This rank's micro-batches of an epoch. Set .epoch before each, and .start to the iteration to begin with; what is
-    left of the last global batch is dropped.
+    """This rank's micro-batches of a run of so many epochs, from iteration `start` on.
 
     Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
-    that share it.
+    that share it; what is left of the last global batch is dropped.
     """
 
-    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0):
+    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
         self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world, self.seed, self.epoch, self.start = rank, world, seed, 0, 0
+        self.rank, self.world, self.seed, self.epochs, self.start = rank, world, seed, epochs, start
+        self.per_epoch = images // batch_size                                    # iterations
 
     def __len__(self):
-        return (self.images // self.batch_size - self.start) * self.accumulate
+        return (self.epochs * self.per_epoch - self.start) * self.accumulate
 
     def __iter__(self):
-        shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
-        order = torch.randperm(self.images, generator=shuffle)
-        order = order[: self.images // self.batch_size * self.batch_size]
-        order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
-        for batch in order[self.start * self.accumulate:, self.rank].tolist():
-            yield [(self.epoch, index) for index in batch]
+        first, done = divmod(self.start, self.per_epoch)
+        for epoch in range(first, self.epochs):
+            shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+            order = torch.randperm(self.images, generator=shuffle)[: self.per_epoch * self.batch_size]
+            order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
+            for batch in order[done * self.accumulate:, self.rank].tolist():
+                yield [(epoch, index) for index in batch]
+            done = 0
 
 
 class EvalSampler(Sampler):
@@ -493,8 +532,9 @@ class EvalSampler(Sampler):
             yield [(0, index) for index in self.indices[start: start + self.batch_size]]
 
 
-def loader(images, sampler, workers, pin_memory=False):
-    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+def loader(images, sampler, workers, device=torch.device("cpu")):
+    """Batches (uint8 (B, 3, H, W), int64 (B,), B faults), ready to be copied to the device without a wait."""
+    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
                       persistent_workers=workers > 0, worker_init_fn=leave_signals_to_the_parent)
 
 

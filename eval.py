@@ -25,14 +25,15 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,12 @@ import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from data import (EvalSampler, Images, categories, eval_transform, loader, normalize, open_conflict, open_data,
                   read_image, some)
-from model import Config, VisionTransformer, check_fit, config_of, depth_of, masks, read_checkpoint, weights_of
+from model import (Config, VisionTransformer, check_fit, config_of, conform, depth_of, masks, overrides, read_checkpoint,
+                   weights_of)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices, shared with train.py
@@ -59,15 +62,27 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def explain():
-    """Bad input ends a program with its one sentence, said once a machine, and exit code 2."""
+    """Bad input, and what the system refuses, ends a program with one sentence, said once a machine, and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
+        if isinstance(error, ValueError):
+            reason = str(error)
+        elif isinstance(error, OSError) and error.strerror:
+            reason = f"{error.filename or 'the operating system'}: {error.strerror}: give another path or fewer processes"
+        elif isinstance(error, MemoryError) or re.search("alloc|out of memory|overflow", str(error)):
+            reason = "there is not enough memory for this: make the model, the images or the batch smaller"
+        else:
+            raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)   # the first process says it, and torchrun ends the others; unless all is well with the first
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16", "float16")
+patient = None   # a group of all ranks for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
 
 def setup(device="auto", dtype="auto"):
@@ -84,8 +99,6 @@ def setup(device="auto", dtype="auto"):
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
-    if device not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"unknown --device {device!r}; choose one of auto, cuda, mps, cpu")
     if device == "cuda" and neighbours > gpus:
         raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {neighbours} processes; "
                          "start fewer, or use --device cpu")
@@ -94,28 +107,60 @@ def setup(device="auto", dtype="auto"):
                          "use --device cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"unknown --dtype {dtype!r}; choose one of auto, float32, bfloat16, float16")
+    if dtype not in DTYPES:   # of a checkpoint
+        raise ValueError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype == "float16" and device != "cuda":
         raise ValueError(f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 or float32")
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
+    device = torch.device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device), getattr(torch, dtype)
+        global patient
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return rank, world, device, getattr(torch, dtype)
 
 
 def in_turn(function, *args, **kwargs):
     """Call a function in the first process of each machine, then in the others: so it downloads once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
-        dist.barrier()
+        dist.barrier(patient)
     try:
         return function(*args, **kwargs)
     finally:   # after an error too: then the others meet it as well, and all end
         if dist.is_initialized() and first:
-            dist.barrier()
+            dist.barrier(patient)
+
+
+def on_first(function, *args):
+    """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError that it raises."""
+    answer = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer[0] = function(*args)
+        except ValueError as error:
+            answer[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, group=patient)
+    if answer[1]:
+        raise answer[1]
+    return answer[0]
+
+
+def gather(value):
+    """What each rank has, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value, group=patient)
+    return values
+
+
+def is_first():
+    return os.environ.get("RANK", "0") == "0"
 
 
 def default_workers():
@@ -129,12 +174,12 @@ def default_workers():
 
 
 @torch.no_grad()
-def predict(model, batches, device, dtype=torch.float32, stop=Event()):
-    """Logits (B, classes) in float32 and labels (B,) of each batch, until `stop` is set. ValueError if a picture cannot
-    be read. Leaves the model in eval mode."""
+def predict(model, batches, device, dtype=torch.float32, stop=()):
+    """Logits (B, classes) in float32 and labels (B,) of each batch, until `stop` holds something. ValueError if an image
+    cannot be read. Leaves the model in eval mode."""
     model.eval()
-    for images, labels, faults in batches:
-        if stop.is_set():
+    for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_first() or None):
+        if stop:
             return
         if any(faults):
             raise ValueError(next(filter(None, faults)))
@@ -144,21 +189,23 @@ def predict(model, batches, device, dtype=torch.float32, stop=Event()):
         yield logits.float(), labels
 
 
-def evaluate(model, batches, device, dtype=torch.float32, stop=Event(), keep=None):
+def evaluate(model, batches, device, dtype=torch.float32, stop=(), keep=None):
     """Accuracy in percent and mean cross-entropy over the batches of all ranks; every image counts once.
 
-    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` was set in
-    between. `keep`, if given, is a list that takes this rank's (logits, labels) of each batch.
+    Returns dict(test_acc1, test_acc5, test_loss, images, time_images_per_s), or None if some rank's `stop` held something
+    in between. `keep`, if given, is a list that takes this rank's (logits, labels) of each batch. The device is waited
+    for once, at the end.
     """
-    start, rows = time.time(), [torch.zeros(4)]
+    start, images, rows = time.time(), 0, [torch.zeros(3, device=device)]
     for logits, labels in predict(model, batches, device, dtype, stop):
         if keep is not None:
             keep.append((logits, labels))
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(labels))]))
-    total = torch.stack([row.cpu() for row in rows]).double().sum(0)
-    total = torch.cat([total, total.new_tensor([stop.is_set()])])
+        rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss]))
+        images += len(labels)
+    sums = torch.stack(rows).cpu().double().sum(0).tolist()
+    total = torch.tensor([*sums, images, len(stop) > 0], dtype=torch.float64)
     if dist.is_initialized():
         total = total.to(device)
         dist.all_reduce(total)
@@ -314,33 +361,29 @@ def multiply_accumulates(cfg):
 # Checkpoints and the command line
 
 
+CHECKPOINT = dict(  # what is read of a checkpoint of train.py, for evaluation
+    model=dict, config=Config, classes=list | None, alpha=float | int | None,
+    run=dict(size=str, step=str, data=str, dtype=str, seed=int))
+
+
 def open_checkpoint(source):
     """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
-        return require(checkpoint, ("model", "classes", "alpha", "run"), source)
+        conform(checkpoint, CHECKPOINT, source)
+        return checkpoint
     state = weights_of(checkpoint)
     return dict(config=asdict(config_of(state, source)), model=state, classes=None, alpha=0.0,
                 run=dict(dtype="float32"))
 
 
-def require(checkpoint, keys, name):
-    """The checkpoint, if it has the keys; a ValueError with its `name` if not."""
-    missing = [key for key in keys if key not in checkpoint]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
-                         "(--resume takes a run's last.pt)")
-    return checkpoint
-
-
 def build(checkpoint):
     """The model of a checkpoint, with its weights and its soft mask."""
-    state = weights_of(checkpoint)
+    state, cfg = weights_of(checkpoint), Config(**checkpoint["config"])
     try:
-        cfg = Config(**checkpoint["config"])
         with torch.device("meta"):                     # shapes alone: a wrong configuration takes no memory or time
             check_fit(VisionTransformer(replace(cfg, depth=min(cfg.depth, depth_of(state) + 1))), state)
-    except (TypeError, RuntimeError) as error:         # wrong fields, wrong kinds, shapes beyond all bounds
+    except RuntimeError as error:                      # shapes beyond all bounds
         raise ValueError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
     model = VisionTransformer(cfg)
     model.load_state_dict(state)
@@ -391,6 +434,7 @@ def lines(result):
             yield f"  block {i:2}" + "".join(f"{most:6} / {nearly:3}" for most, nearly in zip(*heads))
     if "logit_variance" in r:
         yield f"variance of the logits over pictures: {r['logit_variance']:.3g}"
+        yield f"attention drawn in {r['attention']}"
     if "shape_bias" in r:
         share = "undefined" if r["shape_bias"] is None else f"{100 * r['shape_bias']:.1f} %"
         yield f"shape bias {share}, of {r['decided']:,} decisions for shape or texture on {r['conflicts']:,} pictures"
@@ -401,15 +445,15 @@ def lines(result):
 
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
-    parser.add_argument("checkpoint", help="best.pt or last.pt of a run, a file of published weights, or a name of one")
+    parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt, or published weights by file or name")
     parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/PICTURE; default: the run's own")
     parser.add_argument("--image", help="look at this picture alone: name its five most likely classes")
     parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's: 1 bidirectional, 0 causal")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--batch-size", type=int, default=256, help="images a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="loader processes a rank")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     more = parser.add_argument_group("properties, in any number, each beside the accuracy")
     more.add_argument("--calibration", action="store_true", help="expected calibration error, and its 15 bins")
     more.add_argument("--rank", action="store_true", help="singular values of attention maps, mean over 30 pictures")
@@ -457,6 +501,8 @@ def main(argv=None):
             if rank == 0:
                 table = (f"{100 * p:5.1f} %  {name}" for name, p in likely.items())
                 print(json.dumps(likely) if args.json else "\n".join(table))
+                if args.attention and not args.json:
+                    print(f"attention drawn in {args.attention}")
             return
         data = args.data or run.get("data")
         if data is None:
@@ -475,13 +521,14 @@ def main(argv=None):
 
     def batches_of(pictures):
         sampler = EvalSampler(len(pictures), args.batch_size, rank, world)
-        return loader(Images(pictures, transform), sampler, args.workers)
+        return loader(Images(pictures, transform), sampler, args.workers, device)
 
     with explain():
         batches, kept = batches_of(source), [] if args.calibration else None
         result = evaluate(model, batches, device, dtype, keep=kept)
         result |= dict(mask=model.cfg.mask, alpha=alpha, img_size=size, dtype=str(dtype).removeprefix("torch."))
-        result |= {name: run[name] for name in ("step", "seed") if name in run}
+        if "step" in run:
+            result |= dict(step=run["step"], overrides=overrides(model.cfg, run["size"], run["step"]), seed=run["seed"])
         if args.calibration:
             result |= calibration(*map(torch.cat, zip(*kept)))
         if args.int8:
@@ -495,7 +542,7 @@ def main(argv=None):
         if args.attention:
             save_picture(draw_attention(model, pictures[:3]), args.attention)
             with torch.no_grad():
-                result |= dict(logit_variance=model(normalize(pictures)).var(0).mean().item())
+                result |= dict(logit_variance=model(normalize(pictures)).var(0).mean().item(), attention=args.attention)
         if args.shape_bias:
             logits = torch.cat([logits for logits, _ in predict(model, batches_of(conflict), device, dtype)])
             decisions = decide(logits, known)

@@ -17,12 +17,14 @@ Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h hea
 """
 import argparse
 import math
+import pickle
 import re
 import sys
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,6 +63,8 @@ class Config:
         if self.rope and self.width // self.heads % 2:
             raise ValueError(f"rope turns pairs of channels, but a head has {self.width // self.heads}: "
                              "choose width and heads that make it even")
+        if self.depth > 1000:                                        # 100,000 would be built for minutes
+            raise ValueError(f"depth is {self.depth}; it must be at most 1,000")
         if self.tokens > 2 ** 14 + 1:                                # 2,048 pixels in patches of 16
             raise ValueError(f"img_size {self.img_size} in patches of {self.patch_size} is {self.tokens:,} tokens, and "
                              "attention to all of them needs memory for their square: make img_size smaller")
@@ -111,6 +115,16 @@ def config(size="tiny", step="soft_mask", **overrides):
         if rung == step:
             break
     return Config(**SIZES[size] | rungs | overrides)
+
+
+def overrides(cfg, size, step):
+    """The fields of a Config that differ from those of a size on a rung, {name: value}: the ablation that it is.
+
+    What data and recipe determine (resolution, patches, classes, drop path) does not count.
+    """
+    usual, given = config(size, step), ("img_size", "patch_size", "num_classes", "drop_path")
+    return {field.name: getattr(cfg, field.name) for field in fields(Config)
+            if field.name not in given and getattr(cfg, field.name) != getattr(usual, field.name)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +264,7 @@ def norm(cfg):
     return RMSNorm(cfg.width) if cfg.rmsnorm else nn.LayerNorm(cfg.width, eps=1e-6)
 
 
-def masks(cfg, alpha=0.0):
+def masks(cfg, alpha=0.0, device=None):
     """bias, added before the softmax, and gate, multiplied after it: (N, N) each, or None. Row i is what token i sees.
 
     `soft` is the published mask: future values are scaled by alpha once the softmax has been taken, so future keys keep
@@ -259,12 +273,18 @@ def masks(cfg, alpha=0.0):
     """
     if cfg.mask == "none":
         return None, None
-    visible = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()
+    bias = torch.zeros(cfg.tokens, cfg.tokens, device=device)        # made on the device: nothing is copied to it
+    future = torch.ones_like(bias, dtype=torch.bool).triu(1)
+    if cfg.mask == "causal":
+        return bias.masked_fill(future, -math.inf), None
     if cfg.mask == "modified":
-        visible[-1 if cfg.cls_last else 0] = True                    # the class token's row
+        future[-1 if cfg.cls_last else 0] = False                    # the class token's row
+        return bias.masked_fill(future, -math.inf), None
     if cfg.mask == "soft":
-        return None, torch.where(visible, 1.0, alpha)
-    return torch.where(visible, 0.0, math.log(alpha) if alpha else -math.inf), None
+        return None, torch.ones_like(bias).masked_fill(future, alpha)
+    if cfg.mask == "soft_log":
+        return bias.masked_fill(future, math.log(alpha) if alpha else -math.inf), None
+    raise ValueError(f"mask {cfg.mask!r} is one of MASKS, but not of masks(): write its branch")
 
 
 class PatchEmbed(nn.Module):
@@ -310,7 +330,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
             raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
-        for mask, values in zip((self.bias, self.gate), masks(self.cfg, alpha)):
+        for mask, values in zip((self.bias, self.gate), masks(self.cfg, alpha, self.cls_token.device)):
             if mask is not None:
                 mask.copy_(values)   # in place: a compiled model sees them without being compiled again
 
@@ -383,12 +403,21 @@ def fetch(name):
     return file
 
 
+SCALAR = np.float64(0).__reduce__()[0]     # what rebuilds a pickled numpy scalar; its module has had two names
+SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), argparse.Namespace]
+
+
 def read_checkpoint(source):
-    """The dict in a file, by its path or published name. Only weights and plain types are read: a pickle that would run
+    """The dict in a file, by its path, its run's folder (then best.pt) or a published name. Only weights and plain types are read: a pickle that would run
     code is refused, and so is a file that has changed since it was written. ValueError if there is nothing to read.
+
+    Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimiser's groups.
     """
-    path = fetch(source) if str(source) in PUBLISHED else source
-    if not Path(path).is_file():
+    path = fetch(source) if str(source) in PUBLISHED else Path(source)
+    if path.is_dir():
+        path /= "best.pt"
+    if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
     try:
         if zipfile.is_zipfile(path):                                       # torch.load does not look at the checksums
@@ -396,22 +425,57 @@ def read_checkpoint(source):
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} in it is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):       # published files hold one, beside the weights
+        with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
-        raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types "
-                         f"({(str(error).splitlines() or ['it is empty'])[0]}): use another file") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: use another file")
+        code = re.search(r"GLOBAL (\S+)", str(error))                      # torch's own text is advice to trust the file
+        reason = (f"it holds {code[1]}, which could run code" if code else
+                  "it is not a file of torch.save" if isinstance(error, pickle.UnpicklingError) else
+                  (str(error).splitlines() or ["it is empty"])[0])
+        raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): "
+                         "use another file") from error
+    conform(checkpoint, dict, str(path))
     return checkpoint
+
+
+def conform(value, kind, name):
+    """ValueError with its `name` if a value is not of a kind; so what a file says is checked once, where it is read.
+
+    A kind is a type or a union of types (an int is a float, a bool is no int, a list is one of strings), a dict {key:
+    kind} of what must be there, or a dataclass: its fields' annotations are the kinds, and other keys are unknown.
+    """
+    if isinstance(kind, dict) or is_dataclass(kind):
+        conform(value, dict, name)
+        if is_dataclass(kind):
+            unknown = value.keys() - {field.name for field in fields(kind)}
+            if unknown:
+                raise ValueError(f"{name} has the unknown field {min(map(str, unknown))!r}: use another file")
+            kind = {f.name: f.type for f in fields(kind) if f.name in value or f.default is MISSING}
+        missing = [key for key in kind if key not in value]
+        if missing:
+            raise ValueError(f"{name} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
+                             "(--resume takes a run's last.pt)")
+        for key, inner in kind.items():
+            conform(value[key], inner, f"{name}: {key}")
+        return
+    fits = isinstance(value, float | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, which is not of the kind {getattr(kind, '__name__', kind)}: "
+                         "use another file")
 
 
 def weights_of(checkpoint):
     """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
     state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError("what should be weights is not a dict of tensors: use another file")
+    if not isinstance(state, dict) or not all(isinstance(name, str) and is_dense(value) for name, value in state.items()):
+        raise ValueError("what should be weights is not a dict of tensors, dense and floating-point, by their names: "
+                         "use another file")
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+
+
+def is_dense(value):
+    return (isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_floating_point()
+            and not value.is_quantized and not value.is_meta)
 
 
 def depth_of(state):

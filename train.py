@@ -23,9 +23,8 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -40,8 +39,12 @@ from tqdm import tqdm
 
 from data import (BUILT_IN, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
                   seed_of, some, train_transform)
-from eval import Parser, build, default_workers, evaluate, explain, in_turn, require, setup
-from model import STEPS, Config, VisionTransformer, config, load_weights, read_checkpoint
+from eval import (CHECKPOINT, DEVICES, DTYPES, Parser, build, default_workers, evaluate, explain, gather, in_turn, on_first,
+                  setup)
+from model import (MASKS, SIZES, STEPS, Config, VisionTransformer, config, conform, is_dense, load_weights, overrides,
+                   read_checkpoint)
+
+SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Recipe:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from 0 on")
             if name in ("label_smoothing", "erasing") and value > 1:
                 raise ValueError(f"{flag(name)} is {value}; it is a probability, at most 1")
-        if self.soft_mask_schedule not in ("constant", "linear"):
-            raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose constant or linear")
+        if self.soft_mask_schedule not in SCHEDULES:
+            raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose {' or '.join(SCHEDULES)}")
 
 
 SMALL_DATA = Recipe(  # pictures of about 32 pixels, minutes on a CPU
@@ -114,29 +117,40 @@ RECIPES = {
     "large-in21k-224": replace(TUNE, lr=6e-5, drop_path=0.3),
     "large-in21k-384": replace(TUNE_384, lr=3.5e-5, drop_path=0.3),
 }
+TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384")  # start from weights
 
 
 @dataclass
 class Run:
     """What to train, on what, where."""
-    size: str = "tiny"           # nano, tiny, small, base or large
+    size: str = "tiny"           # width, depth and heads, see model.py
     step: str = "soft_mask"      # rung of the ladder, see model.py
-    recipe: str = ""             # see RECIPES; default: small-data, for 1,000 class folders that of --size, or basic
+    recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
     init_from: str = ""          # checkpoint or name of published weights to start from; a head of other classes is new
     seed: int = 0                # of weights, order and augmentation
-    dtype: str = "auto"          # auto, float32, bfloat16 or float16: autocast; weights stay in float32
+    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
 
 
 @dataclass
 class Machine:
     """What changes nothing about the run but its speed and last digits."""
     out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
-    device: str = "auto"         # auto, cuda, mps or cpu
+    device: str = "auto"         # auto takes a GPU where there is one
     compile: bool = False        # torch.compile the model
     recompute: bool = False      # keep only the blocks' inputs for the backward pass: less memory, more time
     workers: int = default_workers()   # loader processes a rank
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
+
+    def __post_init__(self):
+        if not 0 <= self.workers <= 1024:
+            raise ValueError(f"--workers is {self.workers}; it must be from 0 to 1024")
+        if self.save_every < 0:
+            raise ValueError(f"--save-every is {self.save_every}; it must be at least 0")
+
+
+CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
+               soft_mask_schedule=SCHEDULES)   # flags whose values are listed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,9 +191,11 @@ def add_flags(parser, cls, skip=()):
     for field in fields(cls):
         if field.name not in skip:
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            if field.name in CHOICES:
+                kind["choices"] = list(CHOICES[field.name])
             default = f" (default: {field.default})" if cls in (Run, Machine) and field.default != "" else ""
-            parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
-                                help=comments[field.name].replace("%", "%%") + default, **kind)
+            text = re.sub(r" \[\d\]", "", comments[field.name]).replace("%", "%%")      # [5] is a reference of model.py
+            parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text + default, **kind)
 
 
 def pick(cls, values):
@@ -200,20 +216,25 @@ def parse_flags(argv=None):
     return vars(parser.parse_args(argv))
 
 
-def settle(given, checkpoint):
-    """Flags, recipe and checkpoint -> (Run, Recipe, the Config's fields that do not follow from them)."""
+def resolve(given, checkpoint):
+    """Flags, recipe and checkpoint -> (Run, Recipe, Config), but for the number of classes, which the data tell."""
     if checkpoint is not None:
         saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
         changed = [f"{flag(name, value)}, not {flag(name, saved[name])}"
                    for name, value in given.items() if name in saved and name != "data" and saved[name] != value]
         if changed:
             raise ValueError(f"--resume goes on with the run as it was started, but here is {' and '.join(changed)}: "
-                             "drop the flag, or start a new run")
+                             "drop the flag, or start a new run, --init-from its last.pt to train it for longer")
         given = saved | given
     run = Run(**pick(Run, given))
     run = replace(run, recipe=run.recipe or default_recipe(run))
     if run.recipe not in RECIPES:
         raise ValueError(f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
+    size = run.size if run.recipe in ("small-data", "basic") else run.recipe.partition("-")[0]
+    if size != run.size:
+        raise ValueError(f"--recipe {run.recipe} is for --size {size}, not {run.size}: change one of them")
+    if run.recipe in TUNING and not run.init_from:
+        raise ValueError(f"--recipe {run.recipe} is for fine-tuning: give the weights to start from with --init-from")
     recipe = RECIPES[run.recipe]
     if run.recipe == "basic" and run.size in RECIPES:
         recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # the one thing that it had by the size
@@ -236,6 +257,9 @@ def default_recipe(run):
     train = Path(run.data, "train")
     if run.data in BUILT_IN or not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
         return "small-data"
+    if run.init_from:
+        raise ValueError("--init-from on 1,000 classes needs a --recipe: one for fine-tuning "
+                         f"({', '.join(TUNING)}), or another one and its epochs from scratch")
     name = run.size if run.step == list(STEPS)[-1] else "basic"
     if name not in RECIPES:
         raise ValueError(f"--size {run.size} has no recipe of its own for 1,000 classes; choose one with --recipe: "
@@ -255,7 +279,7 @@ def check_classes(run, classes, chosen):
                          "or choose a --recipe")
 
 
-def divide(recipe, world, strict):
+def split_batch(recipe, world, strict):
     """Images a forward pass, and forward passes an iteration, on each rank. Unless `strict`, a recipe's micro-batch is
     the most that it may be."""
     share, left = divmod(recipe.batch_size, world)
@@ -285,15 +309,15 @@ def find_resume(given):
     place = Path(given["resume"] or given.get("out") or "out")
     if place.is_file():
         return place, read_run(place)
-    found = [*place.glob("last.pt"), *place.glob("prev.pt"), *place.glob("*/last.pt"), *place.glob("*/prev.pt")]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    names = "last.pt", "prev.pt"                     # by age: whatever time a copied file bears
+    found = [path for name in names for path in (place / name, *place.glob(f"*/{name}")) if path.exists()]
     if not found:
         if given["resume"]:
             raise ValueError(f"--resume {place}: no checkpoint there; check the path, or give --out {place} --resume, "
                              "which starts where nothing has been saved")
         return None, None
-    faults = []
-    for path in (path for path in found if path.parent == found[0].parent):
+    folder, faults = max(found, key=lambda path: path.stat().st_mtime).parent, []
+    for path in (folder / name for name in names if folder / name in found):
         try:
             checkpoint = read_run(path)
         except ValueError as error:
@@ -302,20 +326,24 @@ def find_resume(given):
         if faults and os.environ.get("RANK", "0") == "0":
             print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
         return path, checkpoint
-    raise ValueError(f"no checkpoint in {found[0].parent} is whole ({'; '.join(faults)}): restore one, or start anew")
+    raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(faults)}): restore one, or start anew")
 
 
 def read_run(path):
-    return require(read_checkpoint(path), (
-        "run", "recipe", "config", "classes", "train_images", "model", "alpha", "optimizer", "scaler", "iteration",
-        "epoch", "tallies", "best_acc1"), path)
+    checkpoint = read_checkpoint(path)
+    conform(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, train_images=int, ranks=int, optimizer=dict, scaler=dict)
+            | {field.name: field.type for field in fields(State)}, path)
+    return checkpoint
+
+
+FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
 
 
 def make_folder(out, name, resume):
     """The run's folder. Without `out`: out/NAME-N, N the first free number."""
-    if out and not resume and any(Path(out, file).exists() for file in ("config.json", "last.pt", "best.pt")):
-        raise ValueError(f"--out {out} holds another run: give another folder, or add --resume to go on with it")
     try:
+        if out and any(Path(out, file).exists() for file in FILES[resume:]):    # config.json comes before a checkpoint
+            raise ValueError(f"--out {out} holds another run: give another folder, or add --resume to go on with it")
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
             return Path(out)
@@ -345,32 +373,68 @@ def write(path, content, previous=None):
                          "what was saved before is whole") from error
 
 
-def save(checkpoint, path, previous=None):
-    buffer = io.BytesIO()                # through memory: torch.save into a full disk hides the reason
-    torch.save(checkpoint, buffer)
-    write(path, buffer.getbuffer(), previous)
+def save(settings, state, model, optimizer, scaler, folder, improved):
+    """Write last.pt, keeping the one before as prev.pt; and best.pt if `improved`."""
+    def store(checkpoint, name, previous=None):
+        buffer = io.BytesIO()            # through memory: torch.save into a full disk hides the reason
+        torch.save(checkpoint, buffer)
+        write(folder / name, buffer.getbuffer(), previous)
+    weights = settings | asdict(state) | dict(model=model.state_dict())
+    if improved:
+        store(weights, "best.pt")
+    store(weights | dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), "last.pt", folder / "prev.pt")
 
 
-def check_same(path, checkpoint, run, train, iterations_per_epoch, world):
-    """ValueError if the data are not those of the run to resume, or the ranks cannot take over."""
+def load_moments(optimizer, moments):
+    """What AdamW has gathered for each parameter, {place: {name: tensor}}, into the optimizer. ValueError if it does not
+    fit: the fused AdamW does not look, and would write beyond a tensor's end."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        own = moments.get(i)
+        conform(own, dict(step=torch.Tensor, exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor), f"the optimizer: {i}")
+        if (any(own[name].shape != shape for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)))
+                or not all(map(is_dense, own.values()))):
+            raise ValueError(f"the optimizer: {i} does not fit a parameter of shape {tuple(p.shape)}: use another file")
+    groups = optimizer.state_dict()["param_groups"]                             # they follow from the recipe
+    optimizer.load_state_dict(dict(state={i: moments[i] for i in range(len(params))}, param_groups=groups))
+
+
+def check_same(checkpoint, run, train):
+    """ValueError if the data are not those of the run to resume."""
     if list(train.classes) != list(checkpoint["classes"]):
         raise ValueError(f"--data {run.data} has the classes {some(train.classes)}, but the run to resume had "
                          f"{some(checkpoint['classes'])}: give the data that it was started with")
     if len(train) != checkpoint["train_images"]:
         raise ValueError(f"--data {run.data} has {len(train)} training pictures, but the run to resume had "
                          f"{checkpoint['train_images']}: give the data that it was started with")
-    before = len(checkpoint["tallies"])
-    if before != world and checkpoint["iteration"] > checkpoint["epoch"] * iterations_per_epoch:
-        raise ValueError(f"{path} was saved within an epoch on {plural(before, 'rank')}, but here {world} would go on: "
-                         f"start {before}, or a new run from its weights with --init-from {path}")
+
+
+def check_ranks(**mine):
+    """ValueError if what ranks have of their own differs: a file that not all nodes see, a flag given to some of them."""
+    for rank, theirs in enumerate(gather(mine)):
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise ValueError(f"{name} is {theirs[name]!r} on rank {rank}, but {value!r} on another: give all nodes the "
+                                 "same flags, and a folder for --out and --resume that they share")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-PREEMPTED = 75                     # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
-stop = threading.Event()           # set by SIGTERM and SIGINT
+PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
+stop = []           # signals that ask for it: a list, since a handler that takes a lock could wait for itself
+
+
+@dataclass
+class State:
+    """Where a run stands, the same on all ranks: beside weights and optimiser all that a checkpoint needs."""
+    iteration: int = 0                   # those done
+    epoch: int = 0                       # the first one that has not been evaluated
+    alpha: float | None = None           # the soft mask's, if the model has one
+    best_acc1: float = -1.0              # since alpha reached its final value
+    loss_sum: float = 0.0                # of this epoch, over micro-batches and ranks
+    unreadable: int = 0                  # images of this epoch
 
 
 def make_optimizer(model, recipe):
@@ -388,229 +452,258 @@ def recompute_blocks(model):
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def from_all_ranks(tensor):
-    """(ranks, *shape), on the CPU."""
-    if not dist.is_initialized():
-        return tensor.cpu()[None]
-    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(tensors, tensor)
-    return torch.stack(tensors).cpu()
+def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, device, progress):
+    """(images, labels, how many of them were unreadable) of the whole run from iteration `start` on: on the device,
+    normalized, erased and mixed as the recipe says."""
+    warned = set()
+    for number in itertools.count(start * accumulate):
+        images, labels, faults = progress.timed(next, batches)
+        for fault in set(filter(None, faults)) - warned:
+            warned.add(fault)
+            tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
+        rng = random.Random(f"{seed} {number // accumulate} {rank} {number % accumulate}")
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = normalize(images)
+        if recipe.erasing:
+            erase(images, rng, recipe.erasing)
+        if recipe.mixup or recipe.cutmix:
+            images, labels = mix(images, labels, classes, rng, recipe.mixup, recipe.cutmix)
+        yield images, labels, sum(map(bool, faults))
 
 
-def speed(since, iterations, waited, recipe):
-    """Images/s and the share of time spent waiting for data since a mark (time, iterations, seconds waited)."""
-    seconds = time.time() - since[0]
-    return (iterations - since[1]) * recipe.batch_size / seconds, (waited - since[2]) / seconds
+def exchange(*values, device):
+    """What each rank has, a list by rank for each value: the one exchange of an iteration beside the gradients, and the
+    only wait for the device. Values are numbers, or tensors of one element on the device."""
+    mine = torch.stack([v.float() if isinstance(v, torch.Tensor) else torch.full((), float(v), device=device) for v in values])
+    ranks = [mine]
+    if dist.is_initialized():
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+    return torch.stack(ranks, dim=1).tolist()
+
+
+def check_health(losses, norms, state, train, folder, scaler):
+    """ValueError if a loss or gradient of an iteration is not finite, or too many images of the epoch are unreadable."""
+    if not all(map(math.isfinite, losses if scaler.is_enabled() else losses + norms)):        # it skips steps that overflow
+        raise ValueError(f"the loss or its gradient is not a finite number at iteration {state.iteration}; it was not "
+                         f"applied, and {folder} holds the run as it was last saved: try a smaller --lr or --dtype float32")
+    most = min(len(train) - 1, max(10, len(train) // 100))
+    if state.unreadable > most:
+        raise ValueError(f"more than {most:,} of {len(train):,} training pictures cannot be read: see the warnings, and "
+                         "replace or remove them")
+
+
+class Progress:
+    """How fast it goes: a bar on a terminal, elsewhere a line every ten seconds; rank 0 alone shows it."""
+
+    def __init__(self, recipe, per_epoch, rank):
+        self.recipe, self.per_epoch, self.silent, self.waited = recipe, per_epoch, rank > 0, 0.0
+
+    def start(self, epoch, iteration):
+        self.epoch, done = epoch, iteration - epoch * self.per_epoch
+        self.began = self.shown = time.perf_counter(), done, self.waited             # when, iterations, seconds without data
+        self.bar = tqdm(total=self.per_epoch, initial=done, desc=f"epoch {epoch}", leave=False, disable=self.silent or None)
+
+    def timed(self, function, *args):
+        """What a call returns; its time counts as waiting for data."""
+        start = time.perf_counter()
+        result = function(*args)
+        self.waited += time.perf_counter() - start
+        return result
+
+    def speed(self, since, done):
+        """Images/s, and the fraction of the time spent waiting for data, since a mark."""
+        then, before, waited = since
+        seconds = max(time.perf_counter() - then, 1e-9)
+        return (done - before) * self.recipe.batch_size / seconds, (self.waited - waited) / seconds
+
+    def update(self, iteration, loss, lr, alpha):
+        done = iteration - self.epoch * self.per_epoch
+        self.bar.update()
+        if not self.silent and time.perf_counter() - self.shown[0] > (10 if self.bar.disable else 1):
+            rate, waiting = self.speed(self.shown, done)
+            mask = "" if alpha is None else f"alpha {alpha:.3f}  "
+            hint = "; more --workers may help" if waiting > 0.2 else ""
+            text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                print(f"epoch {self.epoch}  {done}/{self.per_epoch}  {text}", flush=True)
+            self.shown = time.perf_counter(), done, self.waited
+
+    def end(self):
+        """Images/s and the fraction of waiting over the epoch, as far as it was trained now."""
+        self.bar.close()
+        return self.speed(self.began, self.per_epoch)
 
 
 def main(argv=None):
-    started = time.time()
+    started = time.perf_counter()
     with explain():   # whatever the user can get wrong is found in here, before any work is done
         given = parse_flags(argv)
         machine = Machine(**pick(Machine, given))
-        if machine.workers < 0:
-            raise ValueError(f"--workers is {machine.workers}; it must be at least 0")
-        if machine.save_every < 0:
-            raise ValueError(f"--save-every is {machine.save_every}; it must be at least 0")
         path, checkpoint = find_resume(given)
-        run, recipe, cfg = settle(given, checkpoint)
+        run, recipe, cfg = resolve(given, checkpoint)
         rank, world, device, dtype = setup(machine.device, run.dtype)
         run = replace(run, dtype=str(dtype).removeprefix("torch."))
-        micro_batch, accumulate = divide(recipe, world, strict="micro_batch" in given)
+        state = State(**pick(State, checkpoint or {}))
+        check_ranks(**asdict(state) | asdict(cfg) | asdict(recipe) | dict(seed=run.seed, dtype=run.dtype))
+        micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
         train = in_turn(open_data, run.data, "train", cfg.img_size)
         val = in_turn(open_data, run.data, "val", cfg.img_size, train.classes)
         check_classes(run, len(train.classes), "recipe" in given)
         if len(train) < recipe.batch_size:
             raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
                              f"{recipe.batch_size}: make it smaller")
-        iterations_per_epoch = len(train) // recipe.batch_size
         if checkpoint:
-            check_same(path, checkpoint, run, train, iterations_per_epoch, world)
+            check_same(checkpoint, run, train)
+        per_epoch = len(train) // recipe.batch_size
         cfg = replace(cfg, num_classes=len(train.classes))
         torch.manual_seed(seed_of("weights", run.seed))
         model, notes = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device), []
         if run.init_from and not checkpoint:
             notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
-        folder = path and path.parent
-        if not path and (rank == 0 or machine.out):
-            name = f"{run.size}-{run.step}-{Path(run.data).name}"
-            folder = make_folder(machine.out, name, resume="resume" in given)
+        optimizer = make_optimizer(model, recipe)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if checkpoint:
+            load_moments(optimizer, checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        changes = "".join(f" {flag(*change)}" for change in overrides(cfg, run.size, run.step).items())
+        name = f"{run.size}-{run.step}{changes.replace(' --', '-').replace(' ', '-')}-{Path(run.data).name}"
+        folder = path.parent if path else on_first(make_folder, machine.out, name, "resume" in given)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
-
-    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed)
-    transform = partial(train_transform, size=cfg.img_size, augment=recipe.augment)
-    train_batches = loader(Images(train, transform, run.seed), sampler, machine.workers,
-                           pin_memory=device.type == "cuda")
-    val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
-                         EvalSampler(len(val), micro_batch, rank, world), machine.workers)
-    total = recipe.epochs * iterations_per_epoch
 
     if machine.recompute:
         recompute_blocks(model)
     if machine.compile:
         model.compile()
-    soft = cfg.mask.startswith("soft")
-    optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    iteration, first_epoch, best, rows = 0, 0, -1.0, []
-    alpha = None                                     # the soft mask's, if the model has one
-    tally = torch.zeros(2, device=device)            # this rank's, over the epoch: sum of losses, unreadable pictures
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        iteration, first_epoch, best, alpha = (checkpoint[key] for key in ("iteration", "epoch", "best_acc1", "alpha"))
-        if iteration > first_epoch * iterations_per_epoch:
-            tally = checkpoint["tallies"][rank].to(device)
-        with suppress(FileNotFoundError):
-            rows = (folder / "metrics.jsonl").read_text().splitlines()[:first_epoch]
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model)
+        net.broadcast_buffers = False    # masks and tables follow from the configuration; the argument's name is changing
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    progress = Progress(recipe, per_epoch, rank)
+    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs, state.iteration)
+    transform = partial(train_transform, size=cfg.img_size, augment=recipe.augment)
+    batches = micro_batches(iter(loader(Images(train, transform, run.seed), sampler, machine.workers, device)), recipe,
+                            cfg.num_classes, run.seed, state.iteration, accumulate, rank, device, progress)
+    val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
+                         EvalSampler(len(val), micro_batch, rank, world), machine.workers, device)
     n_parameters = sum(p.numel() for p in model.parameters())
+    total = recipe.epochs * per_epoch
+    soft = cfg.mask.startswith("soft")
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
+                    train_images=len(train), ranks=world)
 
-    say(f"model   {run.size}, step {run.step}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
+    say(f"model   {run.size}, step {run.step}{changes}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
         f"in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
     say(f"data    {run.data}: {len(train):,} pictures to train, {len(val):,} to test, {len(train.classes)} classes")
+    flags = "".join(f" {flag(name, value)}" for name, value in asdict(recipe).items()
+                    if value != getattr(RECIPES[run.recipe], name))
     say(f"batch   {recipe.batch_size} = {plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} "
-        f"x {plural(micro_batch, 'image')}; recipe {run.recipe}: {plural(recipe.epochs, 'epoch')} "
-        f"of {plural(iterations_per_epoch, 'iteration')}")
+        f"x {plural(micro_batch, 'image')}; recipe {run.recipe}{flags}: {plural(recipe.epochs, 'epoch')} "
+        f"of {plural(per_epoch, 'iteration')}")
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     extras = [word for word, on in (("compiled", machine.compile), ("blocks recomputed", machine.recompute)) if on]
     say(f"device  {device.type}{threads}, {', '.join([run.dtype, *extras])}")
     if run.init_from and not checkpoint:
         say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
-    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
-                    train_images=len(train))
+    if path:
+        say(f"resume  {path} at iteration {state.iteration:,} of {total:,}{', finished' * (state.epoch == recipe.epochs)}")
+    else:
+        say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
+    if checkpoint and checkpoint["ranks"] != world:
+        say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
+
+    rows = []
     if rank == 0:
-        for stale in folder.glob("*.tmp"):           # of a process that was killed while it wrote
-            stale.unlink()
+        for name in FILES:                               # of a process that was killed while it wrote
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
         if path and path.name == "prev.pt" and given["resume"] != str(path):
-            os.replace(path, folder / "last.pt")     # or the next save would put a damaged last.pt in its place
+            os.replace(path, folder / "last.pt")         # or the next save would put a damaged last.pt in its place
         with explain():
             write(folder / "config.json", json.dumps(settings, indent=1).encode())
-    say(f"resume  {path} at iteration {iteration:,} of {total:,}{', finished' if first_epoch == recipe.epochs else ''}"
-        if path else f"run     {folder}{', nothing to resume' if 'resume' in given else ''}")
+        with suppress(FileNotFoundError):
+            rows = (folder / "metrics.jsonl").read_text().splitlines()[: state.epoch]
 
-    def save_state(epoch, improved=False):
-        """Write last.pt, and best.pt if `improved`; all ranks take part. `epoch` is the first one not evaluated yet."""
-        tallies = from_all_ranks(tally)
+    def save_run(improved=False):
         if rank == 0:
-            weights = dict(**settings, model=model.state_dict(), alpha=alpha, iteration=iteration, epoch=epoch,
-                           best_acc1=best)
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), tallies=tallies)
             with explain():
-                if improved:
-                    save(weights, folder / "best.pt")
-                save(weights | state, folder / "last.pt", previous=folder / "prev.pt")
+                save(settings, state, model, optimizer, scaler, folder, improved)
 
-    def preempt(epoch):
-        save_state(epoch)
-        say(f"preempted at iteration {iteration}; go on with --resume {folder}")
+    def end_early():
+        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
         if world > 1:
-            dist.barrier()                           # or torchrun would end rank 0 because another rank has ended
+            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
         sys.exit(PREEMPTED)
 
-    unreadable = set()                               # pictures that this process has warned of
-    most_unreadable = min(len(train) - 1, max(10, len(train) // 100))        # in an epoch; beyond that the run stops
-    for epoch in range(first_epoch, recipe.epochs):
+    for epoch in range(state.epoch, recipe.epochs):
         model.train()
-        begin = iteration - epoch * iterations_per_epoch         # 0, but for a run that was stopped within the epoch
-        sampler.epoch, sampler.start = epoch, begin  # before iter(): workers ask for their first batches at once
-        batches, waited = iter(train_batches), 0.0
-        shown = epoch_started = time.time(), begin, waited       # when, iterations until then, seconds without data
-        bar = tqdm(total=iterations_per_epoch, initial=begin, desc=f"epoch {epoch}", leave=False,
-                   disable=None if rank == 0 else True)
-        for step in range(begin, iterations_per_epoch):
-            lr = lr_at(iteration, recipe, iterations_per_epoch)
+        progress.start(epoch, state.iteration)
+        while state.iteration < (epoch + 1) * per_epoch:
+            lr = lr_at(state.iteration, recipe, per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if soft:
-                alpha = soft_mask_at(iteration, recipe, iterations_per_epoch)
+            if soft and state.alpha != (alpha := soft_mask_at(state.iteration, recipe, per_epoch)):
                 model.set_soft_mask(alpha)
-            torch.manual_seed(seed_of("drop path", run.seed, iteration, rank))
+                state.alpha = alpha
+            torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
+            loss_sum, faults = torch.zeros((), device=device), 0
             for micro in range(accumulate):
-                asked = time.time()
-                images, labels, faults = next(batches)
-                waited += time.time() - asked
-                for fault in filter(None, faults):
-                    tally[1] += 1
-                    if fault not in unreadable:
-                        unreadable.add(fault)
-                        tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                rng, images = random.Random(f"{run.seed} {iteration} {rank} {micro}"), normalize(images)
-                if recipe.erasing:
-                    erase(images, rng, recipe.erasing)
-                if recipe.mixup or recipe.cutmix:
-                    images, labels = mix(images, labels, cfg.num_classes, rng, recipe.mixup, recipe.cutmix)
-                last = micro == accumulate - 1       # the ranks average their gradients once, after the last one
-                with nullcontext() if last or world == 1 else net.no_sync():
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
-                    scaler.scale(loss / accumulate).backward()
-                tally[0] += loss.detach()
+                images, labels, unreadable = next(batches)
+                net.require_backward_grad_sync = micro == accumulate - 1         # gradients are averaged over ranks once
+                with autocast:
+                    loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
+                scaler.scale(loss / accumulate).backward()
+                loss_sum += loss.detach()
+                faults += unreadable
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            sound = tally[0].isfinite() & (norm.isfinite() | scaler.is_enabled())   # it skips steps that overflow
-            flags = torch.stack([sound.new_tensor(stop.is_set()), ~sound, tally[1] * world > most_unreadable])
-            stopping, diverged, too_many = from_all_ranks(flags.byte()).any(0).tolist()   # the only wait for the device
+            losses, norms, unreadable, stops = exchange(loss_sum, norm, faults, len(stop), device=device)
+            state.unreadable += int(sum(unreadable))
             with explain():
-                if diverged:
-                    raise ValueError(f"the loss or its gradient is not a finite number at iteration {iteration}; it was "
-                                     f"not applied, and {folder} holds the run as it was last saved: try a smaller --lr "
-                                     "or --dtype float32")
-                if too_many:
-                    raise ValueError(f"more than {most_unreadable:,} of {len(train):,} training pictures "
-                                     "cannot be read: see the warnings, and replace or remove them")
+                check_health(losses, norms, state, train, folder, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            iteration += 1
+            state.loss_sum += sum(losses)
+            state.iteration += 1
 
-            bar.update()
-            if time.time() - shown[0] > (10 if bar.disable else 1):
-                rate, waiting = speed(shown, step + 1, waited, recipe)
-                mask = f"alpha {alpha:.3f}  " if soft else ""
-                hint = "; more --workers may help" if waiting > 0.2 else ""
-                text = (f"loss {loss.item():.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, "
-                        f"data wait {waiting:.0%}{hint}")
-                bar.set_postfix_str(text)
-                if bar.disable:
-                    say(f"epoch {epoch}  {step + 1}/{iterations_per_epoch}  {text}")
-                shown = time.time(), step + 1, waited
-            if stopping:
-                bar.close()
-                preempt(epoch)
-            if machine.save_every and iteration % machine.save_every == 0:
-                save_state(epoch)
-        bar.close()
-        rate, waiting = speed(epoch_started, iterations_per_epoch, waited, recipe)
+            progress.update(state.iteration, fmean(losses) / accumulate, lr, state.alpha)
+            if any(stops):
+                progress.end()
+                save_run()
+                end_early()
+            if machine.save_every and state.iteration % machine.save_every == 0:
+                save_run()
+        rate, waiting = progress.end()
 
+        save_run()                                       # before the evaluation, which may fail
         with explain():
             result = evaluate(model, val_batches, device, dtype, stop)
         if result is None:
-            preempt(epoch)
-        losses, faults = from_all_ranks(tally).double().sum(0).tolist()
-        tally.zero_()
-        span = range(iteration - iterations_per_epoch, iteration)
+            end_early()
+        span = range(epoch * per_epoch, state.iteration)
         row = dict(
-            step=run.step, seed=run.seed, epoch=epoch,
-            train_loss=losses / (iterations_per_epoch * accumulate * world),
-            train_lr=fmean(lr_at(i, recipe, iterations_per_epoch) for i in span),
-            train_soft_mask_rate=fmean(soft_mask_at(i, recipe, iterations_per_epoch) for i in span) if soft else None,
+            step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=epoch,
+            train_loss=state.loss_sum / (per_epoch * accumulate * world),
+            train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
+            train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if soft else None,
             **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
-            unreadable=int(faults), time_s=time.time() - started, time_images_per_s=rate, time_waiting=waiting)
+            unreadable=state.unreadable, time_s=time.perf_counter() - started, time_images_per_s=rate, time_waiting=waiting)
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
             f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
             f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")
+        final = not soft or state.alpha == soft_mask_at(total - 1, recipe, per_epoch)
+        improved = final and row["test_acc1"] > state.best_acc1                  # under different masks they do not compare
+        state = replace(state, epoch=epoch + 1, loss_sum=0.0, unreadable=0,
+                        best_acc1=row["test_acc1"] if improved else state.best_acc1)
         rows.append(json.dumps(row))
         if rank == 0:
             with explain():
                 write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
-        final = not soft or alpha == soft_mask_at(total - 1, recipe, iterations_per_epoch)
-        improved = final and row["test_acc1"] > best     # accuracies under different masks do not compare
-        best = row["test_acc1"] if improved else best
-        save_state(epoch + 1, improved)
+        save_run(improved)
 
-    say(f"done    top-1 {best:.2f} % in {folder / 'best.pt'}; evaluate it: "
+    say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
         f"python eval.py {folder / 'best.pt'} --data {run.data}")
     if world > 1:
         dist.destroy_process_group()
@@ -618,5 +711,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: stop.append(number))
     main()

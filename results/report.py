@@ -236,7 +236,7 @@ def ratios(heading, run, names, *inputs):
     titles = [f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in COLUMNS]
     lines = [f"| {heading} | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
     for name in names:
-        pairs = [[found[model, *column, *inputs]["images_per_s"] for model in (name, names[0])] for column in COLUMNS]
+        pairs = [[found[(model, *column, *inputs)]["images_per_s"] for model in (name, names[0])] for column in COLUMNS]
         cells = [f"{rate:.1f} images/s" if name == names[0] else f"{rate / peer:.2f} x" for rate, peer in pairs]
         lines.append(f"| {title(name)} | " + " | ".join(cells) + " |")
     return lines

@@ -100,7 +100,7 @@ def test_there_is_a_recipe_for_each_published_run():
         (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0)]
     for recipe in list(RECIPES.values())[1:]:
         assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
-        assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.divide(recipe, 8, strict=True)
+        assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.split_batch(recipe, 8, strict=True)
 
 
 @pytest.mark.parametrize("flags, name, drop_path, dtype", [
@@ -108,9 +108,9 @@ def test_there_is_a_recipe_for_each_published_run():
     (["--step", "vit", "--size", "small"], "basic", 0.1, "float32"),
     (["--step", "abs_pos", "--size", "base", "--drop-path", "0.2"], "basic", 0.2, "float32"),
     (["--recipe", "small-data"], "small-data", 0, "auto"), (["--dtype", "bfloat16"], "tiny", 0, "bfloat16"),
-    (["--size", "large", "--recipe", "large-in21k-384"], "large-in21k-384", 0.3, "float32")])
+    (["--size", "large", "--recipe", "large-in21k-384", "--init-from", "a.pt"], "large-in21k-384", 0.3, "float32")])
 def test_a_folder_of_1000_classes_has_the_sizes_own_recipe(flags, name, drop_path, dtype, thousand):
-    run, recipe, cfg = train.settle(train.parse_flags(["--data", str(thousand), *flags]), None)
+    run, recipe, cfg = train.resolve(train.parse_flags(["--data", str(thousand), *flags]), None)
     assert (run.recipe, recipe.drop_path, cfg.drop_path, run.dtype) == (name, drop_path, drop_path, dtype)
     assert cfg.img_size == recipe.img_size
 
@@ -137,10 +137,11 @@ def test_norms_biases_positions_and_class_token_do_not_decay():
 def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
     run(photos, tmp_path / "run", "--micro-batch", 4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("model   nano, step soft_mask: 551,811 parameters, 16 x 16 pixels in patches of 8, 5 tokens, "
+    assert lines[0] == ("model   nano, step soft_mask --depth 2: 551,811 parameters, 16 x 16 pixels in patches of 8, 5 tokens, "
                         "mask soft")
     assert lines[1] == f"data    {photos}: 24 pictures to train, 11 to test, 3 classes"
-    assert lines[2] == "batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data: 2 epochs of 3 iterations"
+    assert lines[2] == ("batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data --img-size 16 --epochs 2 "
+                        "--batch-size 8 --micro-batch 4: 2 epochs of 3 iterations")
     assert re.match(r"device  cpu with \d+ threads?, float32$", lines[3])
     assert lines[4] == f"run     {tmp_path / 'run'}"
     best = re.match(r"done    top-1 ([\d.]+) % in (.*best.pt); evaluate it: python eval.py \2 --data ", lines[-1])
@@ -160,7 +161,7 @@ def test_the_folder_holds_settings_metrics_and_checkpoints_of_plain_types(photos
 
 def test_metrics_bear_the_published_names_and_the_epochs_means(finished):
     rows = metrics(finished)
-    names = ("step seed epoch train_loss train_lr train_soft_mask_rate test_loss test_acc1 test_acc5 n_parameters "
+    names = ("step overrides seed epoch train_loss train_lr train_soft_mask_rate test_loss test_acc1 test_acc5 n_parameters "
              "unreadable")
     assert [" ".join(row) for row in rows] == [names, names]
     assert [row["epoch"] for row in rows] == [0, 1] and [row["train_soft_mask_rate"] for row in rows] == [0.5, 0]
@@ -182,11 +183,11 @@ def test_waiting_for_data_is_in_sight_and_hinted_at(photos, monkeypatch, tmp_pat
         now[0] += 1
         return load(images, key)
     monkeypatch.setattr(Images, "__getitem__", slow)
-    monkeypatch.setattr("train.time.time", lambda: now.__setitem__(0, now[0] + 0.5) or now[0])
+    monkeypatch.setattr("train.time.perf_counter", lambda: now.__setitem__(0, now[0] + 0.5) or now[0])
     run(photos, tmp_path / "run", "--epochs", 1)
-    assert re.search(r"images/s, data wait [6-9]\d%; more --workers may help", capsys.readouterr().out)
+    assert re.search(r"images/s, data wait [5-9]\d%; more --workers may help", capsys.readouterr().out)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert 0.6 < row["time_waiting"] < 1
+    assert 0.5 < row["time_waiting"] < 1
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -301,9 +302,9 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photos, tmp_path, s
 def test_the_default_folder_is_the_next_free_number(photos, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("1", "2", "4"):
-        (tmp_path / "out" / f"nano-soft_mask-{photos.name}-{name}").mkdir(parents=True)
+        (tmp_path / "out" / f"nano-soft_mask-depth-2-{photos.name}-{name}").mkdir(parents=True)
     train.main(["--data", str(photos), *SMALL, "--epochs", "1"])
-    assert (tmp_path / "out" / f"nano-soft_mask-{photos.name}-3" / "best.pt").is_file()
+    assert (tmp_path / "out" / f"nano-soft_mask-depth-2-{photos.name}-3" / "best.pt").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,10 +368,10 @@ class Stop(Exception):
 
 
 def stopped(photos, out, monkeypatch, *flags):
-    """A run that ends right after its first epoch was saved."""
-    def save_and_stop(checkpoint, path, previous=None):
-        save(checkpoint, path, previous)
-        if path.name == "last.pt":
+    """A run that ends right after its first epoch was evaluated and saved."""
+    def save_and_stop(settings, state, *rest):
+        save(settings, state, *rest)
+        if state.epoch == 1:
             raise Stop
     save = train.save
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -397,9 +398,9 @@ def test_resume_without_a_path_takes_out_or_the_newest_run(photos, finished, mon
     train.main([*flags, "--out", "mine"])
     assert "resume  mine/last.pt at iteration 6 of 6" in capsys.readouterr().out
     train.main(flags)
-    assert "run     out/nano-soft_mask-photos0-1, nothing to resume" in capsys.readouterr().out
+    assert "run     out/nano-soft_mask-depth-2-photos0-1, nothing to resume" in capsys.readouterr().out
     train.main(flags)
-    assert "resume  out/nano-soft_mask-photos0-1/last.pt at iteration 6 of 6" in capsys.readouterr().out
+    assert "resume  out/nano-soft_mask-depth-2-photos0-1/last.pt at iteration 6 of 6" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_chosen_only_under_the_final_mask(photos, monkeypatch, tmp_path):
@@ -490,7 +491,7 @@ def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(machines, phot
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, said", [
-    (["--size", "huge"], "error: unknown size 'huge'; choose one of nano, tiny, small, base, large\n"),
+    (["--size", "nano", "--width", "129"], "error: width 129 is not a multiple of heads 2; change one of them\n"),
     (["--batch-size", "7"], "error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n")])
 def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_path):
     code, _, errors = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
@@ -503,24 +504,24 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--size", "huge"], "unknown size 'huge'; choose one of nano, tiny, small, base, large"),
-    (["--step", "moe"], "unknown step 'moe'; choose one of vit, swiglu, rmsnorm"),
-    (["--recipe", "fast"], "unknown --recipe 'fast'; choose one of small-data, basic, tiny, small, base"),
+    (["--size", "huge"], "argument --size: invalid choice: 'huge' (choose from nano, tiny, small, base, large); --help"),
+    (["--step", "moe"], "argument --step: invalid choice: 'moe' (choose from vit, swiglu, rmsnorm"),
+    (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast' (choose from small-data, basic, tiny, small, base"),
     (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100 nor a folder"),
-    (["--mask", "hard"], "unknown mask 'hard'; choose one of none, causal"),
+    (["--mask", "hard"], "argument --mask: invalid choice: 'hard' (choose from none, causal"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
     (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
     (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
-    (["--soft-mask-schedule", "cosine"], "unknown --soft-mask-schedule 'cosine'; choose constant or linear"),
+    (["--soft-mask-schedule", "cosine"], "argument --soft-mask-schedule: invalid choice: 'cosine' (choose from constant, linear)"),
     (["--colour", "red"], "unrecognized arguments: --colour red; --help lists the flags"),
     (["--siz", "tiny"], "unrecognized arguments: --siz tiny; --help lists the flags"),
-    (["--device", "tpu"], "unknown --device 'tpu'; choose one of auto, cuda, mps, cpu"),
-    (["--dtype", "int8"], "unknown --dtype 'int8'; choose one of auto, float32, bfloat16, float16"),
+    (["--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from auto, cuda, mps, cpu)"),
+    (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from auto, float32, bfloat16, float16)"),
     (["--dtype", "float16"], "--dtype float16 needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
-    (["--workers", "-1"], "--workers is -1; it must be at least 0"),
+    (["--workers", "-1"], "--workers is -1; it must be from 0 to 1024"),
     (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8; 16 is"),
     (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but the mask of this"),
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
@@ -530,7 +531,8 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
 ])
 def test_bad_flags_are_refused(flags, said, photos, tmp_path, capsys):
-    assert said in refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL, *flags], capsys)
+    error = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL, *flags], capsys)
+    assert said.replace("'", "") in error.replace("'", "")                   # Python 3.12 quotes choices no longer
     assert not (tmp_path / "run").exists()
 
 
@@ -551,7 +553,7 @@ def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys
 @pytest.mark.parametrize("count, flags, said", [
     (999, [], "train has 999 class folders, nearly ImageNet's 1,000: complete them, or choose a --recipe"),
     (1001, ["--recipe", "tiny"], "--recipe tiny is for ImageNet's 1,000 classes, but "),
-    (999, ["--recipe", "base-in21k-384"], "train has 999 class folders: complete them, give --init-from to fine-tune"),
+    (999, ["--recipe", "basic"], "train has 999 class folders: complete them, give --init-from to fine-tune"),
 ])
 def test_a_folder_that_is_nearly_imagenet_is_refused(count, flags, said, tmp_path, capsys):
     for i in range(count):
@@ -575,7 +577,7 @@ def test_resuming_another_run_is_refused(flags, said, finished, capsys):
 
 def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
     assert "nowhere: no checkpoint there" in refused(train, ["--resume", tmp_path / "nowhere"], capsys)
-    assert "best.pt lacks optimizer, scaler, tallies: use" in refused(train, ["--resume", finished / "best.pt"], capsys)
+    assert "best.pt lacks optimizer, scaler: use" in refused(train, ["--resume", finished / "best.pt"], capsys)
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
     assert "last.pt cannot be read as a checkpoint" in refused(train, ["--resume", tmp_path], capsys)
 
@@ -584,7 +586,7 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
     (dict(classes=["cat", "dog", "fox"]), "has the classes cat, dog, owl, but the run to resume had cat, dog, fox"),
     (dict(train_images=25), "has 24 training pictures, but the run to resume had 25"),
     (dict(model={}), "the weights do not fit the model: "),
-    (dict(model=torch.zeros(1)), "what should be weights is not a dict of tensors"),
+    (dict(model=torch.zeros(1)), "last.pt: model is 'tensor([0.])', which is not of the kind dict: use another file"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
     torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")
