@@ -13,6 +13,7 @@ of (seed, epoch, index). So no generator has a state to be saved, and the number
 """
 import argparse
 import atexit
+import gc
 import io
 import math
 import multiprocessing
@@ -369,7 +370,8 @@ def resized_crop(image, rng, size):
         w, h = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))
         left, top = (W - w) // 2, (H - h) // 2
     crop = TF.pil_to_tensor(image.crop((left, top, left + w, top + h)))
-    # Three times as fast as PIL's own resize, for a difference of at most two levels in one value of a hundred.
+    # Three times as fast as PIL's own resize. Over 1,000 photos 0.3 % of the values differ, by at most two levels; from
+    # Pillow 13, which takes the vertical pass first for some tall crops, 2.6 %, by at most 22, without a shift (2e-7).
     return TF.to_pil_image(TF.resize(crop, [size, size], InterpolationMode.BICUBIC))
 
 
@@ -535,13 +537,15 @@ class EvalSampler(Sampler):
 def loader(images, sampler, workers, device=torch.device("cpu")):
     """Batches (uint8 (B, 3, H, W), int64 (B,), B faults), ready to be copied to the device without a wait."""
     return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0, worker_init_fn=leave_signals_to_the_parent)
+                      persistent_workers=workers > 0, worker_init_fn=start_worker)
 
 
-def leave_signals_to_the_parent(_):
-    """A worker that a signal to all processes of a run ended would end the run before it could save itself."""
+def start_worker(_):
+    """A worker that a signal to all processes of a run ended would end the run before it could save itself. And a garbage
+    collection that visited the objects of all modules would copy their memory to each worker, 80 MB of it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
 
 
 @atexit.register

@@ -81,6 +81,15 @@ def explain():
         sys.exit(2)
 
 
+stop = []   # signals that asked to: a list, as a handler that took a lock could be made to wait for itself
+
+
+def stop_on_signals():
+    """SIGTERM and SIGINT ask the program to stop, by what they leave in `stop`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+
+
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16", "float16")
 patient = None   # a group of all ranks for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
@@ -157,6 +166,14 @@ def gather(value):
         values *= dist.get_world_size()
         dist.all_gather_object(values, value, group=patient)
     return values
+
+
+def leave():
+    """Part from the other ranks. The barrier lets gloo's threads put away their tensors, for which they need Python's
+    lock; torch 2.6 holds it while it waits for these threads to end."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def is_first():
@@ -553,8 +570,7 @@ def main(argv=None):
             result |= dict(macs=multiply_accumulates(model.cfg))
     if rank == 0:
         print(json.dumps(result) if args.json else "\n".join(lines(result)))
-    if world > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

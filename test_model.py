@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import model
 from model import (STEPS, Config, RMSNorm, SwiGLU, VisionTransformer, config, load_weights, resize_positions,
                    rope_table, rotate)
 
@@ -222,6 +223,12 @@ def test_at_alpha_1_there_is_no_mask(rung):
     torch.testing.assert_close(build(rung, alpha=1.0)(images), build(rung, mask="none")(images), atol=1e-5, rtol=0)
 
 
+def test_a_mask_that_is_only_named_is_an_error(monkeypatch):
+    monkeypatch.setattr("model.MASKS", (*model.MASKS, "window"))
+    with pytest.raises(ValueError, match="mask 'window' is one of MASKS, but not of masks"):
+        VisionTransformer(config("nano", mask="window"))
+
+
 def test_soft_log_at_alpha_0_is_the_causal_mask():
     images = hashed_images(2)
     assert torch.equal(build("soft_log", alpha=0.0)(images), build("soft_log", mask="causal")(images))
@@ -398,6 +405,7 @@ def test_names_from_ddp_and_compile_are_understood():
     (lambda: Config(width=100), "width 100 is not a multiple of heads 3"),
     (lambda: Config(width=9, rope=True), "rope turns pairs of channels"),
     (lambda: Config(mask="hard"), "unknown mask 'hard'; choose one of none, causal, modified, soft, soft_log"),
+    (lambda: Config(depth=10 ** 5), "depth is 100000; it must be at most 1,000"),
     (lambda: Config(depth=0), "depth is 0; it must be at least 1"),
     (lambda: Config(drop_path=1.0), "drop_path is 1.0"),
     (lambda: build()(hashed_images(2, 64)), r"images are \(2, 3, 64, 64\); this model takes \(B, 3, 32, 32\)"),

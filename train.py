@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -39,8 +38,8 @@ from tqdm import tqdm
 
 from data import (BUILT_IN, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
                   seed_of, some, train_transform)
-from eval import (CHECKPOINT, DEVICES, DTYPES, Parser, build, default_workers, evaluate, explain, gather, in_turn, on_first,
-                  setup)
+from eval import (CHECKPOINT, DEVICES, DTYPES, Parser, build, default_workers, evaluate, explain, gather, in_turn, leave,
+                  on_first, setup, stop, stop_on_signals)
 from model import (MASKS, SIZES, STEPS, Config, VisionTransformer, config, conform, is_dense, load_weights, overrides,
                    read_checkpoint)
 
@@ -411,11 +410,12 @@ def check_same(checkpoint, run, train):
 
 def check_ranks(**mine):
     """ValueError if what ranks have of their own differs: a file that not all nodes see, a flag given to some of them."""
-    for rank, theirs in enumerate(gather(mine)):
-        for name, value in mine.items():
-            if theirs[name] != value:
-                raise ValueError(f"{name} is {theirs[name]!r} on rank {rank}, but {value!r} on another: give all nodes the "
-                                 "same flags, and a folder for --out and --resume that they share")
+    first, *others = gather(mine)
+    for rank, theirs in enumerate(others, 1):
+        for name in mine:
+            if theirs[name] != first[name]:
+                raise ValueError(f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank {rank}: give all nodes "
+                                 "the same flags, and a folder for --out and --resume that they share")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,6 @@ def check_ranks(**mine):
 
 
 PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
-stop = []           # signals that ask for it: a list, since a handler that takes a lock could wait for itself
 
 
 @dataclass
@@ -705,11 +704,9 @@ def main(argv=None):
 
     say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
         f"python eval.py {folder / 'best.pt'} --data {run.data}")
-    if world > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+    stop_on_signals()
     main()

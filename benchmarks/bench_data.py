@@ -1,7 +1,7 @@
 """How many training pictures a second one core prepares, from the file to the batch, beside timm 0.5.4.
 
     pip install --no-deps timm==0.5.4
-    python benchmarks/bench_data.py PATH --out results/bench_data.jsonl    # PATH/train or PATH/val with photos
+    python benchmarks/bench_data.py PATH --out out/bench_data.jsonl    # PATH/train or PATH/val with photos
 
 Both read the same photos with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
 pipeline normalises and erases each picture, ours leaves that to the device, a batch at a time.

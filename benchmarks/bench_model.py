@@ -1,7 +1,7 @@
 """How fast a training step and inference are, and what they keep in memory, beside models that people would use otherwise.
 
     pip install --no-deps timm==0.5.4
-    python benchmarks/bench_model.py --out results/bench_model/training.jsonl
+    python benchmarks/bench_model.py --out out/training.jsonl
     torchrun --nproc_per_node=2 benchmarks/bench_model.py ...              # gradients averaged over the ranks
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
@@ -46,6 +46,7 @@ def report(row, out):
     """Print a row, and append it to the file `out` if there is one."""
     print(json.dumps(row))
     if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a") as file:
             file.write(json.dumps(row) + "\n")
 

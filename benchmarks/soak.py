@@ -1,7 +1,7 @@
 """Does the memory of a long run stay flat? Two ranks with four workers each, looked at twice a minute (Linux).
 
-    python benchmarks/soak.py --out results/soak-shapes.jsonl --size nano --depth 4
-    python benchmarks/soak.py --out results/soak-photos.jsonl --size nano --depth 4 --data PATH --recipe small-data ...
+    python benchmarks/soak.py --out out/soak-shapes.jsonl --size nano --depth 4
+    python benchmarks/soak.py --out out/soak-photos.jsonl --size nano --depth 4 --data PATH --recipe small-data ...
 
 What it does not know goes to train.py. A row: the minute, and of each process the memory that it shares with none, in
 10^6 bytes, and its open files, the two ranks first, then their workers in the order in which they started.

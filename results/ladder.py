@@ -1,26 +1,25 @@
 """The ladder on CIFAR-10: every rung, and what stands beside it, with several seeds, each a plain run of train.py.
 
-    python results/ladder.py --data datasets/cifar10               # stopped and started again, it goes on
-    python results/ladder.py --data datasets/cifar10 --seeds 5     # two more of each: only what is missing is run
-    python results/ladder.py --data datasets/cifar10 --epochs 10   # longer runs, beside the others
+    python results/ladder.py               # stopped and started again, it goes on
+    python results/ladder.py --seeds 5     # two more of each: only what is missing is run
+    python results/ladder.py --epochs 10   # longer runs, in a folder of their own
 
-A finished run appends its last line of metrics to the table, the rung as its `step`; its weights stay in --out. All run
-on the CPU, so that their rows compare.
+A finished run appends its last line of metrics to rows.jsonl in --out, the rung as its `step`, and its folder stays there.
+All run on the CPU, so that their rows compare. results/ladder.jsonl holds the rows that the README shows.
 """
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import open_data  # noqa: E402
-from eval import default_workers, explain  # noqa: E402
+from eval import default_workers, explain, stop, stop_on_signals  # noqa: E402
 from model import STEPS  # noqa: E402
 
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
@@ -32,12 +31,11 @@ RUNGS = {step: f"--step {step}" for step in STEPS} | {
     "soft_constant": "--step soft_mask --soft-mask-schedule constant",  # alpha 1 for an epoch, then 0 at once
     "soft_log": "--step soft_mask --mask soft_log",
 }
-stop = threading.Event()
 
 
 def train(rung, seed, args):
     """A run, from where it stands to its end, in a process of its own. Returns its exit code, or None if not begun."""
-    if stop.is_set():
+    if stop:
         return None
     folder = args.out / f"{rung}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +45,8 @@ def train(rung, seed, args):
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     while process.poll() is None:
-        if stop.wait(0.5):
+        time.sleep(0.2)
+        if stop:
             process.terminate()                                         # it saves itself
             process.wait()
     return process.returncode
@@ -60,18 +59,17 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, with seeds from 0 on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, help="where the runs' folders go; default: out/ladder-EPOCHS")
-    parser.add_argument("--table", type=Path, default=ROOT / "results" / "ladder.jsonl", help="where their rows go")
+    parser.add_argument("--out", type=Path, help="where the runs' folders and their rows go; default: out/ladder-EPOCHS")
     args = parser.parse_args()
     args.out = args.out or Path("out", f"ladder-{args.epochs}")
     with explain():
         if min(args.seeds, args.epochs, args.jobs) < 1:
             raise ValueError("--seeds, --epochs and --jobs must be at least 1")
         open_data(args.data, "train", 32)                               # downloaded here, once, if at all
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_on_signals()
+    table = args.out / "rows.jsonl"
 
-    done = [json.loads(line) for line in args.table.read_text().splitlines()] if args.table.exists() else []
+    done = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     done = {(row["step"], row["seed"], row["epoch"] + 1) for row in done}
     left = [(rung, seed) for seed in range(args.seeds) for rung in args.rungs if (rung, seed, args.epochs) not in done]
     print(f"{len(left)} runs to do, {args.jobs} at a time", flush=True)
@@ -82,13 +80,13 @@ def main():
             folder = args.out / f"{rung}-{seed}"
             if run.result() == 0:
                 row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) | dict(step=rung)
-                with open(args.table, "a") as file:
+                with open(table, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{rung}, seed {seed}: {row['test_acc1']:.2f} %", flush=True)
             elif run.result() is not None:
-                stop.set()                                              # the others save themselves, too
+                stop.append("a run that failed")                        # the others save themselves, too
                 print(f"{rung}, seed {seed}: not finished, see {folder / 'log.txt'}", flush=True)
-    sys.exit(1 if stop.is_set() else 0)
+    sys.exit(1 if stop else 0)
 
 
 if __name__ == "__main__":

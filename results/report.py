@@ -1,6 +1,6 @@
 """The README's tables and figures, made from the rows in this folder.
 
-    python results/report.py             # write the tables into README.md
+    python results/report.py             # write the tables into README.md, its links to lines of code, too
     python results/report.py --figures   # draw those in assets/ as well (needs matplotlib)
 
 ladder.jsonl and cue.jsonl are what ladder.py appended, a row a run; properties.jsonl, collapse.jsonl and
@@ -25,7 +25,7 @@ from eval import multiply_accumulates, values_for  # noqa: E402
 from ladder import RUNGS as FLAGS  # noqa: E402
 from model import SIZES, STEPS, VisionTransformer, config  # noqa: E402
 
-CIFAR = "python train.py --data datasets/cifar10"
+CIFAR = "python train.py --data cifar10"
 
 RUNS = {  # name: what it is, and the command that makes it again
     "shapes-tiny": ("`shapes`, iLLaMA-T, patch 8", "torchrun train.py --size tiny"),
@@ -104,13 +104,14 @@ def climbed():
 def quantile_of_t(degrees, share=0.95):
     """Within how many standard errors a share of Student's t distribution lies: Fisher's expansion about the normal."""
     z = NormalDist().inv_cdf((1 + share) / 2)
-    return z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+    return (z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+            + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * degrees ** 3))
 
 
-def least_difference(found):
-    """From where on a difference between two rungs' means is not noise (95 %), in a design of rungs x seeds.
+def standard_error(found):
+    """(standard error of the difference of two rungs' means, degrees of freedom), in a design of rungs x seeds.
 
-    A seed fixes the order of the pictures and their crops, and so moves all rungs together; what is left of a run when
+    A seed fixes the order of the images and their crops, and so moves all rungs together; what is left of a run when
     its rung's and its seed's means are taken out is the noise. Rungs whose class token is blind have another, or none.
     """
     runs = [values for rung, values in found.items() if rung not in ("causal", "soft_first")]
@@ -118,7 +119,18 @@ def least_difference(found):
     means = [fmean(values[seed] for values in runs) for seed in range(seeds)]
     left = [value - fmean(values) - mean + fmean(means) for values in runs for value, mean in zip(values, means)]
     degrees = (len(runs) - 1) * (seeds - 1)
-    return quantile_of_t(degrees) * math.sqrt(sum(x ** 2 for x in left) / degrees * 2 / seeds)
+    return math.sqrt(sum(x ** 2 for x in left) / degrees * 2 / seeds), degrees
+
+
+def significant(changes, error, degrees, level=0.05):
+    """Those of the changes {rung: difference} that are not noise, by Holm's step-down procedure: the probability that any
+    of them is called so wrongly is at most `level`."""
+    found = set()
+    for tested, rung in enumerate(sorted(changes, key=lambda rung: -abs(changes[rung]))):
+        if abs(changes[rung]) <= quantile_of_t(degrees, 1 - level / (len(changes) - tested)) * error:
+            break
+        found.add(rung)
+    return found
 
 
 def plus_minus(values, digits=1):
@@ -127,23 +139,22 @@ def plus_minus(values, digits=1):
 
 def steps_table():
     found, epochs = climbed()
-    bound = least_difference(found)
-    lines = ["| `--step` | what it does | CIFAR-10 top-1, here | against | difference | outside the noise? "
+    changes = {rung: fmean(found[rung]) - fmean(found[peer]) for rung, (_, peer, _) in RUNGS.items() if peer}
+    error, degrees = standard_error(found)
+    beyond = significant(changes, error, degrees)
+    lines = ["| `--step` | what it does | CIFAR-10 top-1, here | against | difference | significant? "
              "| ImageNet top-1, published ¹ |", "|---|---|--:|---|--:|---|--:|"]
     for rung, (what, peer, published) in RUNGS.items():
-        cells = ["", "", ""]
-        if peer:
-            change = fmean(found[rung]) - fmean(found[peer])
-            cells = [f"`{peer}`", f"{change:+.1f}", "yes" if abs(change) > bound else "no"]
+        cells = [f"`{peer}`", f"{changes[rung]:+.1f}", "yes" if rung in beyond else "no"] if peer else ["", "", ""]
         theirs = "" if published is None else f"{published}{' ²' if rung == 'soft_mask' else ''}"
         flags = FLAGS[rung].removeprefix("--step ")
         lines.append(f"| `{flags}` | {what} | {plus_minus(found[rung])} | {' | '.join(cells)} | {theirs} |")
     table = "\n".join(lines)
     return f"""{table}
 
-Mean and standard deviation of {len(found["vit"])} seeds, {epochs} epochs. Rungs whose means are less than {bound:.1f} points
-apart cannot be told apart by these runs (95 %, Student's t, what a seed does to all rungs taken out). That does not make
-them equal."""
+Mean and standard deviation of {len(found["vit"])} seeds, {epochs} epochs. Significant: Student's t test with {degrees} degrees
+of freedom, a seed's effect on all rungs taken out (standard error of a difference: {error:.2f} points), corrected for the
+{len(changes)} comparisons of this table by Holm's procedure at 5 %. What is not significant need not be equal."""
 
 
 def collapse_table():
@@ -197,7 +208,7 @@ def int8_table():
 
 
 def macs_table():
-    lines = ["| multiply-accumulates | published | as run | causal at best |", "|---|--:|--:|--:|"]
+    lines = ["| multiply-accumulates | as the authors count | as run | causal at best |", "|---|--:|--:|--:|"]
     for size in list(SIZES)[1:]:
         for img_size in (224, 384, 512):
             macs = multiply_accumulates(config(size, img_size=img_size, mask="causal"))
@@ -261,7 +272,7 @@ def memory_table():
     lines = ["| kept for the backward pass, float32 | 224 pixels, batch 16, eager | compiled | 384 pixels, batch 8, eager "
              "| compiled |", "|---|--:|--:|--:|--:|"]
     for name in ("timm vit", "vit", "causal", "soft_log", "soft", "soft recompute"):
-        saved = [measured(run)[name, "float32", compiled, *inputs]["saved_mb"]
+        saved = [measured(run)[(name, "float32", compiled, *inputs)]["saved_mb"]
                  for run, inputs in (("training", (224, 16)), ("training-384", (384, 8))) for compiled in (False, True)]
         lines.append(f"| {title(name)} | " + " | ".join(f"{mb:,.0f} MB" for mb in saved) + " |")
     return "\n".join(lines)
@@ -279,6 +290,17 @@ def growth_table():
         batch = f"{row['ranks']} x {row['batch_size']} on 2 ranks, a core each" if row["ranks"] > 1 else row["batch_size"]
         lines.append(f"| 197 tokens, batch {batch} | {row['images_per_s']:.1f} | | "
                      f"| {row['saved_mb'] / row['batch_size']:.0f} MB | | |")
+    return "\n".join(lines)
+
+
+def files_table():
+    lines = ["A data-loading worker shares the main process's memory until one of them writes to it. Memory of its own, in MB,",
+             "while it reads a folder of a million images:", "",
+             "| file list | start-up | at the first batch | after 140 s |", "|---|--:|--:|--:|"]
+    for name, what in (("torchvision", "torchvision's ImageFolder: a list of tuples"), ("ours", "here: arrays")):
+        start, *looks = [row for row in rows("bench_files") if row["contender"] == name and row["files"] == 1_000_000]
+        first, last = (max(look["private_mb"]) for look in (looks[0], looks[-1]))
+        lines.append(f"| {what} | {start['startup_s']:.1f} s | {first:.0f} | {last:.0f} |")
     return "\n".join(lines)
 
 
@@ -333,7 +355,8 @@ def written(readme):
     """The README's text with each part between its two marks made anew."""
     parts = dict(claim=claim, ladder=ladder_table, steps=steps_table, collapse=collapse_table, rank=rank_table,
                  calibration=calibration_table, shape=shape_table, int8=int8_table, macs=macs_table, runs=runs_table,
-                 published=published_table, speed=speed_table, memory=memory_table, growth=growth_table, soak=soak_table)
+                 published=published_table, speed=speed_table, memory=memory_table, growth=growth_table, soak=soak_table,
+                 files=files_table)
     for mark, table in parts.items():
         before, after = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{table()}\n{after[after.index('<!-- end -->'):]}"
@@ -397,12 +420,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the README's tables and figures from the rows in results/.")
     parser.add_argument("--figures", action="store_true", help="draw those in assets/ as well")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    path.write_text(written(path.read_text()))
     if args.figures:
         try:
             import matplotlib.pyplot as plt
         except ImportError:
             sys.exit("error: --figures needs matplotlib: pip install matplotlib")
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text()))
+    if args.figures:
         for draw in (draw_ladder, draw_properties, draw_curves):
             draw(plt)

@@ -1,5 +1,6 @@
 """What is true of the data: one property a test."""
 import math
+import os
 import random
 import runpy
 import shutil
@@ -384,6 +385,14 @@ def test_every_epoch_has_an_order_of_its_own_and_the_same_each_time():
     assert first == again != second
 
 
+def test_a_run_goes_on_with_the_micro_batches_that_it_would_have_had():
+    whole = list(TrainSampler(103, 12, 2, rank=1, world=3, epochs=3))
+    assert len(whole) == 3 * 8 * 2
+    for start in (0, 5, 8, 23, 24):
+        left = TrainSampler(103, 12, 2, rank=1, world=3, epochs=3, start=start)
+        assert list(left) == whole[2 * start:] and len(left) == len(whole) - 2 * start
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("images", [1, 10, 11, 12])
 def test_evaluation_takes_each_picture_once(images, world):
@@ -494,6 +503,53 @@ def test_a_bad_folder_is_told_in_one_sentence(photos, tmp_path, how, said):
     with pytest.raises(ValueError, match=said) as error:
         open_data(str(tmp_path / "bad"), "val", 32, classes=["cat", "dog", "owl"])
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_read_in_torchvisions_order(photos, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "train")
+    shutil.copytree(photos / "val" / "cat", tmp_path / "train" / "cat" / "1more" / "deep")
+    shutil.copytree(photos / "val" / "dog", tmp_path / "train" / "cat" / "09more")
+    theirs = torchvision.datasets.ImageFolder(tmp_path / "train")
+    ours = open_data(str(tmp_path), "train", 32)
+    assert [(ours.path(i), label) for i, label in enumerate(ours.labels)] == theirs.samples and len(ours) > 24
+
+
+def test_hidden_files_and_folders_are_no_images(photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "val")
+    (tmp_path / "val" / "cat" / "._00.png").touch()
+    shutil.copytree(photos / "val" / "cat", tmp_path / "val" / ".cat")
+    shutil.copytree(photos / "val" / "cat", tmp_path / "val" / "cat" / ".thumbnails")
+    source = open_data(str(tmp_path), "val", 32)
+    assert len(source) == 11 and source.classes == ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../dog"])
+def test_a_link_that_leads_back_into_the_data_is_refused(target, photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "val")
+    (tmp_path / "val" / "cat" / "link").symlink_to(target)
+    with pytest.raises(ValueError, match="links to a folder that is already among the data, .*: remove the link"):
+        open_data(str(tmp_path), "val", 32)
+
+
+def test_a_link_to_images_elsewhere_is_followed(photos, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(photos / "val" / name)
+    assert len(open_data(str(tmp_path), "val", 32)) == 8
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "val")
+    os.mkfifo(tmp_path / "val" / "cat" / "00a.png")
+    source = open_data(str(tmp_path), "val", 32)
+    with pytest.raises(ValueError, match="00a.png cannot be read as a picture .it is not a file.: replace or remove it"):
+        source[1]
+
+
+def test_a_folder_of_images_is_arrays_without_an_object_for_each_file(photos):
+    source = open_data(str(photos), "train", 32)
+    held = [value for value in vars(source).values() if not isinstance(value, np.ndarray)]
+    assert held == [source.classes] and all(array.dtype != object for array in (source.paths, source.labels))
 
 
 def test_an_unknown_data_set_names_the_known_ones():

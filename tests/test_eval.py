@@ -3,7 +3,9 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,6 +97,12 @@ def test_every_picture_counts_once_on_one_two_and_three_ranks(pictures, all_rank
         for name in ("test_acc1", "test_acc5"):
             assert results[-1][name] == results[0][name]
         assert results[-1]["test_loss"] == pytest.approx(results[0]["test_loss"], rel=1e-6)
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint(finished, tmp_path, capsys):
+    by_file, by_folder = (json.loads(printed([path, "--json"], capsys)) for path in (finished / "best.pt", finished))
+    assert by_folder["test_loss"] == by_file["test_loss"] and by_folder["overrides"] == dict(depth=2)
+    assert f"no checkpoint at {tmp_path}/best.pt" in refused(evaluation, [tmp_path], capsys)
 
 
 def test_the_best_checkpoint_scores_what_training_said(finished, capsys):
@@ -396,7 +404,7 @@ def test_the_lines_for_people_hold_every_property_that_was_asked_for(finished, t
     flags = ["--calibration", "--rank", "--attention", tmp_path / "a.png", "--int8", "--macs"]
     result = json.loads(printed([finished / "best.pt", *flags, "--json"], capsys))
     said = printed([finished / "best.pt", *flags], capsys)
-    for text in (f"calibration error {100 * result['ece']:.2f} %", f"8 bits: top-1 {result['int8_acc1']:.3f} %",
+    for text in (f"attention drawn in {tmp_path / 'a.png'}", f"calibration error {100 * result['ece']:.2f} %", f"8 bits: top-1 {result['int8_acc1']:.3f} %",
                  f"block  2{result['rank_80'][1][0]:6} / {result['rank_90'][1][0]:3}",
                  f"variance of the logits over pictures: {result['logit_variance']:.3g}",
                  f"{result['macs']['published'] / 1e9:.4f} G published"):
@@ -436,6 +444,27 @@ def test_published_weights_are_fetched_by_name_once_and_evaluated(published, pho
     assert all(torch.equal(value, published.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_a_full_checkpoint_of_the_published_training_is_read(published, photos, tmp_path, capsys):
+    optimizer = torch.optim.AdamW(published.parameters())
+    for group in optimizer.param_groups:                                     # as the published engine sets them
+        group["lr"], group["weight_decay"] = np.linspace(0, 4e-3, 9)[3], np.float64(0.05)
+    published(torch.zeros(1, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    full = dict(model=published.state_dict(), optimizer=optimizer.state_dict(), epoch=299, scaler={},
+                args=argparse.Namespace(lr=np.float32(0.004)), model_ema=None)
+    file = tmp_path / "illama-tiny-in1k-75.0.pth"
+    torch.save(full, file)
+    assert json.loads(printed([file, "--data", photos, "--json"], capsys))["images"] == 11
+    with open(file, "rb") as archive:                                        # the module's other name, of another numpy
+        content = archive.read()
+    names = b"numpy._core.multiarray", b"numpy.core.multiarray"
+    old, new = names if names[0] in content else names[::-1]
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name).replace(old + b"\n", new + b"\n"))
+    assert json.loads(printed([tmp_path / "other.pth", "--data", photos, "--json"], capsys))["images"] == 11
+
+
 def test_published_weights_are_loaded_strictly_and_need_their_classes(published, photos, tmp_path, capsys):
     said = refused(evaluation, ["illama-tiny-in1k-75.0", "--data", "shapes"], capsys)
     assert "--data shapes has 10 classes, but the model knows 3" in said
@@ -461,7 +490,8 @@ def test_a_published_file_that_would_run_code_is_refused(tmp_path, capsys):
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
     torch.save({"model": {}, "args": argparse.Namespace(trap=Trap())}, tmp_path / "trap.pth")
-    assert "trap.pth cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "trap.pth"], capsys)
+    said = refused(evaluation, [tmp_path / "trap.pth"], capsys)
+    assert re.search(r"trap.pth cannot be read as a checkpoint .* \(it holds \S+, which could run code\): use", said)
     assert not (tmp_path / "sprung").exists()
 
 

@@ -200,6 +200,56 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes_exactly(photos, alone
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change, said", [("iteration", "iteration is 4 on rank 0, but 6 on rank 1"),
+                                          ("seed", "seed is 0 on rank 0, but 1 on rank 1")])
+def test_ranks_that_do_not_go_on_from_the_same_are_refused(change, said, photos, alone, tmp_path):
+    for rank in (0, 1):                                                      # two nodes, each with a folder of its own
+        shutil.copytree(alone, tmp_path / f"{rank}")
+    checkpoint = load(alone / "last.pt")
+    if change == "iteration":
+        torch.save(checkpoint | dict(iteration=4), tmp_path / "0" / "last.pt")
+    else:
+        torch.save(checkpoint | dict(run=checkpoint["run"] | dict(seed=1)), tmp_path / "1" / "last.pt")
+    (tmp_path / "node.py").write_text(f"""
+import os, sys, train
+train.main(["--resume", {str(tmp_path)!r} + "/" + os.environ["RANK"], *sys.argv[1:]])
+""")
+    code, _, errors = torchrun(2, tmp_path / "node.py")
+    assert code != 0 and errors.count("error: ") == 1
+    assert f"error: {said}: give all nodes the same flags, and a folder for --out and --resume that they share\n" in errors
+
+
+@pytest.mark.slow
+def test_waiting_for_another_ranks_work_has_no_time_limit(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import datetime, functools, time, torch, torch.distributed as dist
+import eval
+init = dist.init_process_group
+dist.init_process_group = functools.partial(init, timeout=datetime.timedelta(seconds=1))       # as NCCL's ten minutes
+rank, *_ = eval.setup("cpu")
+eval.in_turn(time.sleep, 3 if rank == 0 else 0)
+print(eval.on_first(lambda: time.sleep(3) or "from 0"))
+""")
+    program = (tmp_path / "program.py").read_text()
+    (tmp_path / "program.py").write_text(program.replace("import eval\n", "import sys; sys.argv = sys.argv[:1]; import eval\n"))
+    code, said, errors = torchrun(2, tmp_path / "program.py")
+    assert code == 0, errors
+    assert said.split("\n") == ["from 0", "from 0", ""]
+
+
+def test_a_gpu_is_named_when_nccl_starts_and_waiting_is_glooss(monkeypatch):
+    calls = []
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), (1, 2, 1, "localhost", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: calls.append(kwargs))
+    assert evaluation.setup() == (1, 2, torch.device("cuda:1"), torch.bfloat16)
+    assert calls[0] == (("nccl",), dict(device_id=torch.device("cuda:1"))) and calls[1]["backend"] == "gloo"
+
+
+@pytest.mark.slow
 def test_a_nan_on_one_rank_stops_all_before_it_reaches_the_weights(photos, tmp_path):
     code, _, errors = sabotaged(2, photos, tmp_path / "run", 1, "train", 4, "nan")
     assert code != 0
@@ -223,6 +273,28 @@ sys.exit(3)
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 3 and ended.stderr == "" and time.time() - start < 30
     assert not left_behind(tmp_path / "program.py")
+
+
+def test_a_signal_within_the_handler_of_another_does_not_hang(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import signal, sys, eval
+def interrupt(frame, event, function):              # at each call and return within the handler, another signal comes
+    sys.setprofile(None)
+    signal.raise_signal(signal.SIGINT)
+    seen.append(event)
+    sys.setprofile(again)
+def again(frame, event, function):
+    if len(seen) < 50:
+        interrupt(frame, event, function)
+seen = []
+eval.stop_on_signals()
+sys.setprofile(again)
+signal.raise_signal(signal.SIGTERM)
+sys.setprofile(None)
+sys.exit(0 if eval.stop.count(signal.SIGINT) > 3 else 1)
+""")
+    program = subprocess.run([sys.executable, tmp_path / "program.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert program.returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,6 +365,33 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(damage, pho
         damage(tmp_path / "both" / name)
     said = refused(train, ["--data", photos, "--out", tmp_path / "both", *SMALL, "--resume"], capsys)
     assert f"no checkpoint in {tmp_path}/both is whole (" in said
+
+
+def test_the_later_checkpoint_is_taken_whatever_the_files_times(photos, alone, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 5)                        # with prev.pt of iteration 3, last.pt of 4
+        run(photos, tmp_path / "run")
+    os.utime(tmp_path / "run" / "last.pt", (0, 0))                           # as after a copy, or a clock set back
+    run(photos, tmp_path / "run", "--resume")
+    assert f"resume  {tmp_path}/run/last.pt at iteration 4 of 6" in capsys.readouterr().out
+    assert same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("name", train.FILES)
+def test_a_new_run_does_not_touch_the_files_of_another(name, photos, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "notes.tmp").write_text("mine too")
+    said = refused(train, ["--data", photos, "--out", tmp_path, *SMALL], capsys)
+    assert f"--out {tmp_path} holds another run: give another folder, or add --resume" in said
+    (tmp_path / name).rename(tmp_path / "other")
+    run(photos, tmp_path)
+    assert (tmp_path / "notes.tmp").read_text() == "mine too" and (tmp_path / "other").read_text() == "mine"
+
+
+def test_metrics_of_another_run_are_not_overwritten_by_resuming_nothing(photos, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert "holds another run" in refused(train, ["--data", photos, "--out", tmp_path, *SMALL, "--resume"], capsys)
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
@@ -431,16 +530,23 @@ def test_one_unreadable_picture_in_val_is_an_error_that_names_it(workers, photos
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert re.fullmatch("error: .*dog/01.png cannot be read as a picture .*: replace or remove it\n", said)
+    assert load(tmp_path / "run" / "last.pt")["iteration"] == 3              # the epoch is not lost
+    shutil.copy(photos / "val" / "dog" / "01.png", data / "val" / "dog")
+    run(data, tmp_path / "run", "--resume")
+    run(photos, tmp_path / "alone")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2), (1, 20_000), (20_000, 1)])
 def test_pictures_of_any_shape_become_squares(size, tmp_path):
     Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "a.png")
     source = [(Image.open(tmp_path / "a.png"), 0)]
-    for side in (32, 64, 384):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for side in (32, 64, 224, 384):
         for transform in (train_transform, eval_transform):
             image = transform(source[0][0], random.Random(0), side)
             assert image.size == (side, side) and image.getpixel((side // 2, side // 2))[0] > 190
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000                  # kB
 
 
 def test_a_broken_exif_does_not_matter(tmp_path):

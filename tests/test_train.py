@@ -2,12 +2,17 @@
 import json
 import math
 import re
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as evaluation
+import model
 import train
 from conftest import ROOT, SMALL, equal, metrics, refused, torchrun
 from data import Images, erase, mix
@@ -17,9 +22,13 @@ from train import RECIPES, lr_at, make_optimizer, soft_mask_at
 RECIPE = replace(RECIPES["small-data"], epochs=10, warmup_epochs=2, lr=1e-3, min_lr=1e-5, soft_mask_epochs=3)
 
 
+def run_without_checkpoint(photos, out, *flags):
+    train.main(["--data", str(photos), "--out", str(out), *SMALL, *map(str, flags)])
+
+
 def run(photos, out, *flags):
     """Train in this process; returns what last.pt holds."""
-    train.main(["--data", str(photos), "--out", str(out), *SMALL, *map(str, flags)])
+    run_without_checkpoint(photos, out, *flags)
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -148,6 +157,32 @@ def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
     assert Path(best[2]).is_file()
 
 
+def test_overrides_of_a_rung_stand_in_the_first_line_the_folders_name_and_every_row(photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for flags in ([], ["--no-rmsnorm"], ["--mask", "soft_log"]):
+        train.main(["--data", str(photos), *SMALL, "--epochs", "1", "--step", "ps_cls", *flags])
+        said = capsys.readouterr().out
+        folder = Path(re.search(r"^run     (\S+)$", said, re.M)[1])
+        seen.append((re.match(r"model   nano, step (.*?):", said)[1], folder.name, metrics(folder)[0]["overrides"]))
+        assert metrics(folder)[0]["step"] == "ps_cls" and "recipe small-data --img-size 16 --epochs 1 --batch-size 8:" in said
+    name = photos.name
+    assert seen == [
+        ("ps_cls --depth 2", f"nano-ps_cls-depth-2-{name}-1", dict(depth=2)),
+        ("ps_cls --depth 2 --no-rmsnorm", f"nano-ps_cls-depth-2-no-rmsnorm-{name}-1", dict(depth=2, rmsnorm=False)),
+        ("ps_cls --depth 2 --mask soft_log", f"nano-ps_cls-depth-2-mask-soft_log-{name}-1", dict(depth=2, mask="soft_log"))]
+
+
+def test_help_lists_the_choices_and_no_references_of_another_file(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_flags(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, values in (("--size", model.SIZES), ("--step", STEPS), ("--recipe", RECIPES), ("--mask", model.MASKS),
+                         ("--dtype", ["auto", "float32", "bfloat16", "float16"])):
+        assert f"{name} {{{','.join(values)}}}" in said
+    assert not re.search(r"\[\d\]", said)
+
+
 def test_the_folder_holds_settings_metrics_and_checkpoints_of_plain_types(photos, finished):
     names = "best.pt config.json last.pt metrics.jsonl prev.pt"
     assert " ".join(sorted(path.name for path in finished.iterdir())) == names
@@ -224,6 +259,41 @@ def test_recomputing_blocks_changes_nothing_but_the_memory(photos, tmp_path, mon
     much, before = kept[0], len(kept)
     assert equal(run(photos, tmp_path / "less", "--drop-path", 0.5, "--recompute"), plain)
     assert kept[before] < much / 3
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what crosses between the host and a device whose kernels do not run: torch's meta device stands for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.uploads, self.waits = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs, packet = [arg for arg in args if isinstance(arg, torch.Tensor)], function.overloadpacket
+        down = packet is torch.ops.aten._to_copy and (kwargs or {}).get("device") == torch.device("cpu")
+        if inputs and inputs[0].is_meta and (down or packet is torch.ops.aten._local_scalar_dense):
+            self.waits += 1
+            return torch.zeros(inputs[0].shape) if down else 0.0
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.is_meta and any(not tensor.is_meta for tensor in inputs):
+            self.uploads.append(tuple(output.shape))
+        return output
+
+
+def test_an_iteration_copies_its_images_and_labels_to_the_device_and_waits_for_it_once(photos, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())               # knows no meta device
+    monkeypatch.setattr(train, "setup", lambda *_: (0, 1, torch.device("meta"), torch.float32))
+    monkeypatch.setattr(train, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
+    monkeypatch.setattr(train, "save", lambda *_: None)
+    counts = []
+    for epochs in (1, 2):
+        with Transfers() as transfers:                                       # alpha changes at each of 6 iterations
+            run_without_checkpoint(photos, tmp_path / f"{epochs}", "--epochs", epochs, "--soft-mask-epochs", 2, "--mixup",
+                                   0.8, "--cutmix", 1, "--micro-batch", 4)
+        counts.append((Counter(transfers.uploads), transfers.waits))
+    (first, few), (both, more) = counts                                      # the first epoch has the set-up, too
+    assert both - first == {(4, 3, 16, 16): 6 + 2, (4,): 6 + 2, (3, 3, 16, 16): 1, (3,): 1}    # 8 = 2 x 4; 11 = 4 + 4 + 3
+    assert more - few == 3 + 1                                               # of three iterations and one evaluation
 
 
 def test_another_seed_gives_another_run(photos, finished, tmp_path):
@@ -486,7 +556,18 @@ def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(machines, phot
     for alone, shared in zip(steps[0]["grads"], torch.load(tmp_path / "grads.pt", weights_only=True), strict=True):
         torch.testing.assert_close(alone, shared, atol=1e-6, rtol=0)         # before AdamW, which would hide a factor
     for alone, shared in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "two"), strict=True):
-        assert shared.pop("step") == alone.pop("step") and shared == pytest.approx(alone, rel=1e-4)
+        assert all(shared.pop(name) == alone.pop(name) for name in ("step", "overrides"))
+        assert shared == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_several_ranks_share_the_next_free_folder_and_end_well(photos, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, said, errors = torchrun(2, ROOT / "train.py", "--data", photos, *SMALL)
+    assert code == 0, errors
+    assert said.splitlines()[-1].startswith("done    top-1 ") and "Traceback" not in errors
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "best.pt").is_file() and f"in {folder.relative_to(tmp_path) / 'best.pt'}; evaluate it" in said
 
 
 @pytest.mark.slow
@@ -566,6 +647,32 @@ def test_a_folder_that_is_nearly_imagenet_is_refused(count, flags, said, tmp_pat
 
 
 @pytest.mark.parametrize("flags, said", [
+    (["--recipe", "base-384", "--size", "base"], "--recipe base-384 is for fine-tuning: give the weights to start from"),
+    (["--recipe", "base-384"], "--recipe base-384 is for --size base, not tiny: change one of them"),
+    (["--recipe", "small"], "--recipe small is for --size small, not tiny: change one of them"),
+    (["--init-from", "illama-tiny-in1k-75.0"], "--init-from on 1,000 classes needs a --recipe: one for fine-tuning (base-384"),
+])
+def test_traps_of_recipes_on_1000_classes_are_refused(flags, said, thousand, tmp_path, capsys):
+    assert said in refused(train, ["--data", thousand, "--out", tmp_path / "run", *flags], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--out", "a" * 300], "a cannot be made (File name too long): give another folder"),
+    (["--resume", "a" * 300], "a: File name too long: give another path"),
+    (["--width", "1000000"], "there is not enough memory for this: make the model, the images or the batch smaller"),
+    (["--img-size", "100000", "--patch-size", "100000"], "there is not enough memory for this: make the model"),
+    (["--depth", "100000"], "depth is 100000; it must be at most 1,000"),
+    (["--workers", "99999999"], "--workers is 99999999; it must be from 0 to 1024"),
+])
+def test_what_the_system_refuses_is_one_sentence(flags, said, photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refused(train, ["--data", photos, *SMALL, *flags], capsys)
+    assert said in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--epochs", "9"], "but here is --epochs 9, not --epochs 2: drop the flag, or start a new run, --init-from its last.pt"),
     (["--size", "tiny"], "but here is --size tiny, not --size nano: drop the flag, or start a new run"),
     (["--step", "ps_cls"], "but here is --step ps_cls, not --step soft_mask"),
     (["--dtype", "bfloat16"], "but here is --dtype bfloat16, not --dtype float32"),
@@ -591,3 +698,32 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
     torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")
     assert said in refused(train, ["--resume", tmp_path, "--device", "cpu"], capsys)
+
+
+def with_entry(checkpoint, key, value):
+    """A copy of a checkpoint with one entry, "a" or "a.b", changed."""
+    outer, _, inner = key.partition(".")
+    return checkpoint | {outer: checkpoint[outer] | {inner: value} if inner else value}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("alpha", [0.5]), ("alpha", "0.5"), ("alpha", torch.tensor(0.5)), ("config.heads", 2.0), ("config.heads", True),
+    ("config.mask", None), ("classes", 3), ("classes", [0, 1, 2]), ("classes", [["cat"], ["dog"], ["owl"]]), ("run", []),
+    ("run", None), ("run.data", 5), ("run.seed", "0"), ("recipe.lr", None), ("recipe.epochs", "2"), ("recipe.mixup", [0.1]),
+    ("recipe.colour", 1), ("iteration", 1.5), ("epoch", None), ("best_acc1", "high"), ("loss_sum", [0.0]), ("optimizer", []),
+    ("optimizer", {}), ("model.cls_token", 1.0), ("model.cls_token", torch.zeros(1, 1, 128).to_sparse()), ("train_images", 24.5),
+    ("model.cls_token", torch.zeros(1, 1, 128, device="meta")), ("model.cls_token", torch.zeros(1, 1, 128, dtype=torch.int64)),
+    ("model.cls_token", torch.quantize_per_tensor(torch.zeros(1, 1, 128), 1.0, 0, torch.qint8)), ("model", {7: torch.ones(1)}),
+    ("optimizer.0", {}), ("optimizer.0", dict(step=torch.tensor(6.0), exp_avg=torch.ones(2), exp_avg_sq=torch.ones(2))),
+])
+def test_a_checkpoint_with_values_of_the_wrong_kind_is_refused(key, value, finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    if key == "optimizer.0":
+        checkpoint["optimizer"][0] = value
+    else:
+        checkpoint = with_entry(checkpoint, key, value)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    said = refused(train, ["--resume", tmp_path / "last.pt", "--device", "cpu"], capsys)
+    assert key.split(".")[-1] in said or "what should be weights is not a dict of tensors, dense and floating-point" in said
+    if key.split(".")[0] in ("alpha", "config", "classes", "model") or key in ("run", "run.data", "run.seed"):
+        refused(evaluation, [tmp_path / "last.pt", "--device", "cpu"], capsys)
