@@ -1,15 +1,15 @@
-"""Labelled pictures in, batches of bytes out.
+"""Labelled images in, batches out: data sets, transforms, samplers and the loader.
 
     train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
     images = Images(train, partial(train_transform, size=32), seed=0)
     order = TrainSampler(len(train), batch_size=128)
-    for pictures, labels, faults in loader(images, order, workers=2):   # uint8 (128, 3, 32, 32), int64 (128,), 128 str
-        logits = model(normalize(pictures))
+    for batch, labels, faults in loader(images, order, workers=2):      # uint8 (128, 3, 32, 32), int64 (128,), 128 str
+        logits = model(normalize(batch))
 
-Every random draw is a function of what it is for: the order of an epoch of (seed, epoch), the augmentation of a picture
+Every random draw is seeded by its purpose: the order of an epoch of (seed, epoch), the augmentation of an image
 of (seed, epoch, index). So no generator has a state to be saved, and the number of workers changes nothing.
 
-`python data.py --data cifar10` saves a labelled grid of training pictures, as the model sees them.
+`python data.py --data cifar10` saves a labelled grid of training images, as the model sees them.
 """
 import argparse
 import atexit
@@ -19,9 +19,7 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -36,29 +34,33 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
-BUILT_IN = ("shapes", "shapes-cue", "cifar10", "cifar100")
-DOWNLOADS = Path("datasets")                               # where CIFAR is kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: pairs (PIL image, label), and .classes
 
 
+DATASETS = {  # the built-in ones: functions of a split and a size
+    "shapes": lambda split, img_size: Shapes(split, img_size),
+    "shapes-cue": lambda split, img_size: Shapes(split, img_size, cue=True),
+    "cifar10": lambda split, _: open_cifar(datasets.CIFAR10, split),
+    "cifar100": lambda split, _: open_cifar(datasets.CIFAR100, split),
+}
+DOWNLOADS = Path("datasets")                               # where CIFAR is kept
+
+
 def open_data(data, split, img_size, classes=None):
-    """A split, "train" or "val", of a built-in data set or of a folder PATH/SPLIT/CLASS/PICTURE.
+    """A split, "train" or "val", of a built-in data set or of a folder PATH/SPLIT/CLASS/IMAGE.
 
     Labels are places in `classes`, by default the names of this data set's own classes. ValueError in one sentence if
     there is nothing to open, or a class that is not among them.
     """
-    if data in ("shapes", "shapes-cue"):
-        source = Shapes(split, img_size, cue=data == "shapes-cue")
-    elif data in ("cifar10", "cifar100"):
-        source = open_cifar(datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100, split)
-    else:
+    if data not in DATASETS:
         return open_folder(Path(data), split, classes)
+    source = DATASETS[data](split, img_size)
     if classes is not None and list(classes) != list(source.classes):
-        raise ValueError(f"--data {data} has the classes {some(source.classes)}, but the model knows "
-                         f"{some(classes)}: use the data that it was trained on")
+        raise ValueError(f"--data {data} has the classes {shorten(source.classes)}, but the model knows "
+                         f"{shorten(classes)}: use the data that it was trained on")
     return source
 
 
@@ -74,17 +76,17 @@ def open_cifar(dataset, split):
 def open_folder(root, split, classes):
     folder = root / split
     if not root.is_dir():
-        raise ValueError(f"--data {root} is neither one of {', '.join(BUILT_IN)} nor a folder: check the path")
+        raise ValueError(f"--data {root} is neither one of {', '.join(DATASETS)} nor a folder: check the path")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: put pictures into {folder}/CLASS/, a folder for each class")
+        raise ValueError(f"{folder} is missing: put images into {folder}/CLASS/, a folder for each class")
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not found:
-        raise ValueError(f"{folder} has no class folders: put pictures into {folder}/CLASS/, a folder for each class")
+        raise ValueError(f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     if unknown:
-        raise ValueError(f"{folder} has the class folders {some(unknown)}, which are not among the {len(classes)} "
-                         f"classes that are known ({some(classes)}): use the data that the model was trained on")
+        raise ValueError(f"{folder} has the class folders {shorten(unknown)}, which are not among the {len(classes)} "
+                         f"classes that are known ({shorten(classes)}): use the data that the model was trained on")
     return ImageFolder(folder, found, classes)
 
 
@@ -102,7 +104,8 @@ class ImageFolder(Dataset):
             labels += [self.classes.index(name)] * (len(paths) - len(labels))
         empty = set(found) - {self.classes[label] for label in set(labels)}
         if empty:
-            raise ValueError(f"{folder} has class folders without pictures ({some(sorted(empty))}): fill or remove them")
+            raise ValueError(f"{folder} has class folders without images ({shorten(sorted(empty))}): "
+                             "fill or remove them")
         self.paths, self.labels = np.array(paths), np.array(labels)
 
     def __len__(self):
@@ -130,7 +133,7 @@ def walk(top, seen):
 
 
 def read_image(path):
-    """A picture file as a PIL image in RGB. ValueError that names it if it is none."""
+    """An image file as a PIL image in RGB. ValueError that names it if it is none."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):                   # a pipe would be waited for
             raise ValueError("it is not a file")
@@ -139,15 +142,264 @@ def read_image(path):
         image.load()
     except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path} cannot be read as a picture ({reason}): replace or remove it") from error
+        raise ValueError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
     if image.mode.startswith("I"):                         # 16 bits, which convert would clip to 8, not scale
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")            # convert would copy it
 
 
-def some(names):
+def shorten(names):
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms: PIL image in, PIL image of size x size out; `rng` is their only source of randomness
+
+
+def fit(image, size, crop=None):
+    """Resize the shorter side to `size` and cut out the middle square, `crop` or as large; a square of that size stays
+    as it is. Of an image longer than 16:1 the ends go first: resized, they could take gigabytes.
+    """
+    if image.size == (size, size) and not crop:
+        return image
+    longest = 16 * min(image.size)
+    if max(image.size) > longest:
+        image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), crop or size)
+
+
+def eval_transform(image, rng, size):
+    """The published evaluation: up to 32 pixels the whole square, below 384 its middle 7/8, from 384 on all, warped."""
+    if size <= 32:
+        return fit(image, size)
+    if size >= 384:
+        return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
+    return fit(image, int(size / 0.875), size)
+
+
+def train_transform(image, rng, size, augment=False):
+    """The published training transform: crop, flip half of the images, and with `augment` RandAugment."""
+    image = padded_crop(image, rng, size) if size <= 32 else resized_crop(image, rng, size)
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return rand_augment(image, rng) if augment else image
+
+
+def padded_crop(image, rng, size):
+    """A black border of an eighth, and a crop anywhere."""
+    pad = size // 8
+    image = ImageOps.expand(fit(image, size), pad)
+    left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_box(rng, W, H, areas, ratios, margin=0):
+    """(left, top, w, h) of a box in W x H: a fraction of the area and a ratio w / h, both drawn between two bounds, the
+    ratio on a log scale; at least `margin` narrower and lower than W x H. None if none of ten draws fits."""
+    for _ in range(10):
+        area, ratio = rng.uniform(*areas) * W * H, math.exp(rng.uniform(*map(math.log, ratios)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W - margin and 0 < h <= H - margin:
+            return rng.randint(0, W - w), rng.randint(0, H - h), w, h
+
+
+def resized_crop(image, rng, size):
+    """Inception's crop: 8 to 100 % of the area, between 3:4 and 4:3, anywhere; resized to size x size.
+
+    After ten draws that do not fit, the middle of the image, as much of it as those ratios allow.
+    """
+    W, H = image.size
+    w, h = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))
+    middle = (W - w) // 2, (H - h) // 2, w, h
+    left, top, w, h = random_box(rng, W, H, areas=(0.08, 1), ratios=(3 / 4, 4 / 3)) or middle
+    crop = TF.pil_to_tensor(image.crop((left, top, left + w, top + h)))
+    # Three times as fast as PIL's own resize. Over 1,000 photos 0.3 % of the values differ, by at most two levels; from
+    # Pillow 13, which takes the vertical pass first for some tall crops, 2.6 %, by at most 22, without a shift (2e-7).
+    return TF.to_pil_image(TF.resize(crop, [size, size], InterpolationMode.BICUBIC))
+
+
+def affine(image, *matrix):
+    """Pixel (x, y) comes from (a x + b y + c, d x + e y + f), bicubic; ImageNet's mean colour where that is outside."""
+    return image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=FILL)
+
+
+def enhanced(enhancer):
+    return lambda image, level, sign: enhancer(image).enhance(max(0.1, 1 + 0.9 * level * sign))
+
+
+FILL = tuple(round(255 * mean) for mean in MEAN)
+OPERATIONS = {  # RandAugment's, as functions of an image, a level from 0 to 1 and a sign: timm 0.5.4's "increasing" set
+    "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "Invert": lambda image, level, sign: ImageOps.invert(image),
+    "Rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.BICUBIC, fillcolor=FILL),
+    "Posterize": lambda image, level, sign: image.point([v & (256 - (16 << int(4 * level))) for v in range(256)] * 3),
+    "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
+    "SolarizeAdd": lambda image, level, sign: image.point(
+        [min(255, v + int(110 * level)) if v < 128 else v for v in range(256)] * 3),
+    "Color": enhanced(ImageEnhance.Color),
+    "Contrast": enhanced(ImageEnhance.Contrast),
+    "Brightness": enhanced(ImageEnhance.Brightness),
+    "Sharpness": enhanced(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level, sign: affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0),
+    "ShearY": lambda image, level, sign: affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0),
+    "TranslateX": lambda image, level, sign: affine(image, 1, 0, 0.45 * level * sign * image.width, 0, 1, 0),
+    "TranslateY": lambda image, level, sign: affine(image, 1, 0, 0, 0, 1, 0.45 * level * sign * image.height),
+}
+
+
+def rand_augment(image, rng):
+    """Two operations, each done with probability 1/2, near the top of its range: timm's rand-m9-mstd0.5-inc1."""
+    for operation in rng.choices(list(OPERATIONS.values()), k=2):
+        if rng.random() < 0.5:
+            level = min(max(rng.gauss(9, 0.5), 0), 10) / 10
+            image = operation(image, level, rng.choice((-1, 1)))
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms of a batch, on its device
+
+
+def normalize(images):
+    """Bytes to what the model takes: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
+    images = TF.to_dtype(images, torch.float32, scale=True)                      # new, so it may be changed in place
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD):                  # numbers, which need no copy to a GPU
+        channel.sub_(mean).div_(std)
+    return images
+
+
+def erase(images, rng, probability):
+    """Random erasing: in some images, a box of 2 to 33 % of the area becomes normal noise. Changes images in place."""
+    noise = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
+    H, W = images.shape[2:]
+    for image in images:
+        if rng.random() < probability:
+            box = random_box(rng, H, W, areas=(0.02, 1 / 3), ratios=(0.3, 1 / 0.3), margin=1)
+            if box:
+                top, left, h, w = box
+                image[:, top: top + h, left: left + w].normal_(generator=noise)
+    return images
+
+
+def mix(images, labels, classes, rng, mixup, cutmix):
+    """Mixup or CutMix, an even chance where both are on, of each image with its opposite in the batch.
+
+    images (B, 3, H, W), labels (B,) -> images, and targets (B, classes): probabilities of the classes. mixup and cutmix
+    are the alphas of Beta(alpha, alpha), from which lambda, the first image's weight, is drawn; 0 is off.
+    """
+    cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    lam = rng.betavariate(cutmix, cutmix) if cut else rng.betavariate(mixup, mixup)
+    opposite, targets = images.flip(0), F.one_hot(labels, classes).float()
+    if cut:
+        H, W = images.shape[2:]
+        h, w = int(H * math.sqrt(1 - lam)) // 2, int(W * math.sqrt(1 - lam)) // 2
+        y, x = rng.randrange(H), rng.randrange(W)
+        box = ..., slice(max(0, y - h), min(H, y + h)), slice(max(0, x - w), min(W, x + w))
+        images = images.clone()
+        images[box] = opposite[box]
+        lam = 1 - opposite[box][0, 0].numel() / (H * W)                          # at a border the box is smaller
+    else:
+        images = lam * images + (1 - lam) * opposite
+    return images, lam * targets + (1 - lam) * targets.flip(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label, fault)
+
+
+class Images(Dataset):
+    """A data set with a transform whose randomness is a function of (seed, epoch, index).
+
+    The fault is "", or the sentence about an image that cannot be read: then image and label are the next one's.
+    """
+
+    def __init__(self, source, transform, seed=0):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label, fault = self.read(index)
+        image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
+        return TF.pil_to_tensor(image), label, fault
+
+    def read(self, index):
+        fault = ""
+        for other in range(index, index + 100):
+            try:
+                return *self.source[other % len(self.source)], fault
+            except ValueError as error:                    # an error in a worker would come with its traceback
+                fault = fault or str(error)
+        return Image.new("RGB", (1, 1)), 0, fault
+
+
+class TrainSampler(Sampler):
+    """This rank's micro-batches of a run of so many epochs, from iteration `start` on.
+
+    Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
+    that share it; what is left of the last global batch is dropped.
+    """
+
+    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.rank, self.world, self.seed, self.epochs, self.start = rank, world, seed, epochs, start
+        self.per_epoch = images // batch_size                                    # iterations
+
+    def __len__(self):
+        return (self.epochs * self.per_epoch - self.start) * self.accumulate
+
+    def __iter__(self):
+        first, done = divmod(self.start, self.per_epoch)
+        for epoch in range(first, self.epochs):
+            shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+            order = torch.randperm(self.images, generator=shuffle)[: self.per_epoch * self.batch_size]
+            order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
+            for batch in order[done * self.accumulate:, self.rank].tolist():
+                yield [(epoch, index) for index in batch]
+            done = 0
+
+
+class EvalSampler(Sampler):
+    """This rank's part of all images, in batches, the last one short: every image once, whatever the ranks."""
+
+    def __init__(self, images, batch_size, rank=0, world=1):
+        self.indices, self.batch_size = range(rank, images, world), batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self):
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start: start + self.batch_size]]
+
+
+def loader(images, sampler, workers, device=torch.device("cpu")):
+    """Batches (uint8 (B, 3, H, W), int64 (B,), B faults), ready to be copied to the device without a wait."""
+    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
+                      persistent_workers=workers > 0, worker_init_fn=start_worker)
+
+
+def start_worker(_):
+    """A worker that a signal to all processes of a run ended would end the run before it could save itself. And garbage
+    collection, visiting the objects of all modules, would copy their memory to each worker, 80 MB of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
+
+
+@atexit.register
+def end_workers():
+    """multiprocessing would end those that are left by SIGTERM, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def seed_of(*key):
+    """A seed for torch's generators that is a function of what the draw is for."""
+    return random.Random(repr(key)).getrandbits(63)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +462,7 @@ TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a pe
 
 
 class Shapes(Dataset):
-    """Ten shapes, each filled with one of ten textures, over a darker background. A picture is a function of (seed,
+    """Ten shapes, each filled with one of ten textures, over a darker background. An image is a function of (seed,
     split, index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
 
     Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val",
@@ -226,10 +478,10 @@ class Shapes(Dataset):
         return self.count[self.split]
 
     def rng(self, index):
-        """The one source of a picture's draws, the first of which are its kinds."""
+        """The one source of an image's draws, the first of which are its shape and texture."""
         return random.Random(f"{self.seed} {self.split} {index}")
 
-    def kinds(self, index, rng):
+    def shape_and_texture(self, index, rng):
         """Which shape, which texture: places in SHAPES and TEXTURES."""
         shape, other = index % len(SHAPES), rng.randrange(1, len(TEXTURES))
         if self.split == "conflict":
@@ -238,8 +490,8 @@ class Shapes(Dataset):
 
     def __getitem__(self, index):
         rng = self.rng(index)
-        shape, texture = self.kinds(index, rng)
-        pixel = 2 / self.img_size                                                # the picture spans -1 to 1
+        shape, texture = self.shape_and_texture(index, rng)
+        pixel = 2 / self.img_size                                                # the image spans -1 to 1
         line = np.arange(pixel / 2 - 1, 1, pixel, dtype=np.float32)[: self.img_size]
         x, y = line[None, :], line[:, None]
 
@@ -262,304 +514,8 @@ class Shapes(Dataset):
         fill = middle * tone + light * (1 - tone)
         slope = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))[..., None] / 4 + 0.5
         back = dark * slope + darker * (1 - slope)
-        picture = fill * inside + back * (1 - inside)
-        return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), shape
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures whose shape says one thing and whose texture another
-
-
-CUE_CONFLICT = {  # the 16 categories of Geirhos et al., arXiv 1811.12231: ImageNet's classes, first-last of several
-    "airplane": "404", "bear": "294-297", "bicycle": "444 671",
-    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
-    "boat": "472 554 625 814 914", "bottle": "440 720 737 898-899 901 907", "car": "436 511 817", "cat": "281-286",
-    "chair": "423 559 765 857", "clock": "409 530 892",
-    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
-    "elephant": "385-386", "keyboard": "508 878", "knife": "499", "oven": "766",
-    "truck": "555 569 656 675 717 734 864 867",
-}
-
-
-def categories(classes):
-    """{category: its places among a model's classes}: of 1,000 those above, else each class is its own."""
-    if len(classes) != 1000:
-        return {name: [label] for label, name in enumerate(classes)}
-    spans = {name: [span.split("-") for span in spans.split()] for name, spans in CUE_CONFLICT.items()}
-    return {name: [label for span in spans[name] for label in range(int(span[0]), int(span[-1]) + 1)] for name in spans}
-
-
-def open_conflict(data, img_size):
-    """(data set, shapes, textures): what each picture's shape and texture say, two lists of category names.
-
-    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. ValueError if it is
-    neither.
-    """
-    if data == "shapes-cue":
-        source = Shapes("conflict", img_size, cue=True)
-        kinds = [source.kinds(index, source.rng(index)) for index in range(len(source))]
-        names = [(source.classes[shape], source.classes[texture]) for shape, texture in kinds]
-    else:
-        if not Path(data).is_dir():
-            raise ValueError(f"--shape-bias {data} is neither shapes-cue nor a folder: give one with pictures "
-                             "SHAPE/shapeN-textureN.png")
-        source = open_folder(Path(data).parent, Path(data).name, None)
-        paths = [source.path(index) for index in range(len(source))]
-        found = {path: re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem) for path in paths}
-        for path, match in found.items():
-            if not match or match[1] != Path(path).parent.name:
-                raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
-        names = [match.groups() for match in found.values()]
-    return source, *map(list, zip(*names))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transforms: PIL image in, PIL image of size x size out; `rng` is their only source of randomness
-
-
-def fit(image, size, crop=None):
-    """Resize the shorter side to `size` and cut out the middle square, `crop` or as large; a square of that size is left
-    alone. Of an image longer than 16:1 the ends go first: resized, they could take gigabytes.
-    """
-    if image.size == (size, size) and not crop:
-        return image
-    longest = 16 * min(image.size)
-    if max(image.size) > longest:
-        image = TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-    return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), crop or size)
-
-
-def eval_transform(image, rng, size):
-    """The published evaluation: up to 32 pixels the whole square, below 384 its middle 7/8, from 384 on all, warped."""
-    if size <= 32:
-        return fit(image, size)
-    if size >= 384:
-        return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
-    return fit(image, int(size / 0.875), size)
-
-
-def train_transform(image, rng, size, augment=False):
-    """The published training transform: crop, flip half of the pictures, and with `augment` RandAugment."""
-    image = padded_crop(image, rng, size) if size <= 32 else resized_crop(image, rng, size)
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return rand_augment(image, rng) if augment else image
-
-
-def padded_crop(image, rng, size):
-    """A black border of an eighth, and a crop anywhere."""
-    pad = size // 8
-    image = ImageOps.expand(fit(image, size), pad)
-    left, top = rng.randint(0, 2 * pad), rng.randint(0, 2 * pad)
-    return image.crop((left, top, left + size, top + size))
-
-
-def resized_crop(image, rng, size):
-    """Inception's crop: 8 to 100 % of the area, between 3:4 and 4:3, anywhere; resized to size x size.
-
-    After ten draws that do not fit, the middle of the picture, as much of it as those ratios allow.
-    """
-    W, H = image.size
-    for _ in range(10):
-        area, ratio = rng.uniform(0.08, 1) * W * H, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= W and 0 < h <= H:
-            left, top = rng.randint(0, W - w), rng.randint(0, H - h)
-            break
-    else:
-        w, h = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))
-        left, top = (W - w) // 2, (H - h) // 2
-    crop = TF.pil_to_tensor(image.crop((left, top, left + w, top + h)))
-    # Three times as fast as PIL's own resize. Over 1,000 photos 0.3 % of the values differ, by at most two levels; from
-    # Pillow 13, which takes the vertical pass first for some tall crops, 2.6 %, by at most 22, without a shift (2e-7).
-    return TF.to_pil_image(TF.resize(crop, [size, size], InterpolationMode.BICUBIC))
-
-
-def affine(image, *matrix):
-    """Pixel (x, y) comes from (a x + b y + c, d x + e y + f), bicubic; ImageNet's mean colour where that is outside."""
-    return image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=FILL)
-
-
-def enhanced(enhancer):
-    return lambda image, level, sign: enhancer(image).enhance(max(0.1, 1 + 0.9 * level * sign))
-
-
-FILL = tuple(round(255 * mean) for mean in MEAN)
-OPERATIONS = {  # RandAugment's, as functions of a picture, a level from 0 to 1 and a sign: timm 0.5.4's "increasing" set
-    "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, sign: ImageOps.equalize(image),
-    "Invert": lambda image, level, sign: ImageOps.invert(image),
-    "Rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.BICUBIC, fillcolor=FILL),
-    "Posterize": lambda image, level, sign: image.point([v & (256 - (16 << int(4 * level))) for v in range(256)] * 3),
-    "Solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
-    "SolarizeAdd": lambda image, level, sign: image.point(
-        [min(255, v + int(110 * level)) if v < 128 else v for v in range(256)] * 3),
-    "Color": enhanced(ImageEnhance.Color),
-    "Contrast": enhanced(ImageEnhance.Contrast),
-    "Brightness": enhanced(ImageEnhance.Brightness),
-    "Sharpness": enhanced(ImageEnhance.Sharpness),
-    "ShearX": lambda image, level, sign: affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0),
-    "ShearY": lambda image, level, sign: affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0),
-    "TranslateX": lambda image, level, sign: affine(image, 1, 0, 0.45 * level * sign * image.width, 0, 1, 0),
-    "TranslateY": lambda image, level, sign: affine(image, 1, 0, 0, 0, 1, 0.45 * level * sign * image.height),
-}
-
-
-def rand_augment(image, rng):
-    """Two operations, each done with probability 1/2, near the top of its range: timm's rand-m9-mstd0.5-inc1."""
-    for operation in rng.choices(list(OPERATIONS.values()), k=2):
-        if rng.random() < 0.5:
-            level = min(max(rng.gauss(9, 0.5), 0), 10) / 10
-            image = operation(image, level, rng.choice((-1, 1)))
-    return image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transforms of a batch, on its device
-
-
-def normalize(images):
-    """Bytes to what the model takes: uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
-    images = TF.to_dtype(images, torch.float32, scale=True)                      # new, so it may be changed in place
-    for channel, mean, std in zip(images.unbind(1), MEAN, STD):                  # numbers, which need no copy to a GPU
-        channel.sub_(mean).div_(std)
-    return images
-
-
-def erase(images, rng, probability):
-    """Random erasing: in some images, one box of 2 to 33 % of the area becomes normal noise. Changes images in place."""
-    noise = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
-    H, W = images.shape[2:]
-    for image in images:
-        if rng.random() >= probability:
-            continue
-        for _ in range(10):
-            area, ratio = rng.uniform(0.02, 1 / 3) * H * W, math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if h < H and w < W:
-                top, left = rng.randint(0, H - h), rng.randint(0, W - w)
-                image[:, top: top + h, left: left + w].normal_(generator=noise)
-                break
-    return images
-
-
-def mix(images, labels, classes, rng, mixup, cutmix):
-    """Mixup or CutMix, an even chance where both are on, of each image with its opposite in the batch.
-
-    images (B, 3, H, W), labels (B,) -> images, and targets (B, classes): shares of the classes that sum to 1. mixup and
-    cutmix are the alphas of Beta(alpha, alpha), from which the share of the first image is drawn; 0 is off.
-    """
-    cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    share = rng.betavariate(cutmix, cutmix) if cut else rng.betavariate(mixup, mixup)
-    opposite, targets = images.flip(0), F.one_hot(labels, classes).float()
-    if cut:
-        H, W = images.shape[2:]
-        h, w = int(H * math.sqrt(1 - share)) // 2, int(W * math.sqrt(1 - share)) // 2
-        y, x = rng.randrange(H), rng.randrange(W)
-        box = ..., slice(max(0, y - h), min(H, y + h)), slice(max(0, x - w), min(W, x + w))
-        images = images.clone()
-        images[box] = opposite[box]
-        share = 1 - opposite[box][0, 0].numel() / (H * W)                        # what is left of it
-    else:
-        images = share * images + (1 - share) * opposite
-    return images, share * targets + (1 - share) * targets.flip(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label, fault)
-
-
-class Images(Dataset):
-    """A data set with a transform whose randomness is a function of (seed, epoch, index).
-
-    The fault is "", or the sentence about a picture that cannot be read: then picture and label are the next one's.
-    """
-
-    def __init__(self, source, transform, seed=0):
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image, label, fault = self.read(index)
-        image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), label, fault
-
-    def read(self, index):
-        fault = ""
-        for other in range(index, index + 100):
-            try:
-                return *self.source[other % len(self.source)], fault
-            except ValueError as error:                    # an error in a worker would come with its traceback
-                fault = fault or str(error)
-        return Image.new("RGB", (1, 1)), 0, fault
-
-
-class TrainSampler(Sampler):
-    """This rank's micro-batches of a run of so many epochs, from iteration `start` on.
-
-    Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
-    that share it; what is left of the last global batch is dropped.
-    """
-
-    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
-        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world, self.seed, self.epochs, self.start = rank, world, seed, epochs, start
-        self.per_epoch = images // batch_size                                    # iterations
-
-    def __len__(self):
-        return (self.epochs * self.per_epoch - self.start) * self.accumulate
-
-    def __iter__(self):
-        first, done = divmod(self.start, self.per_epoch)
-        for epoch in range(first, self.epochs):
-            shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-            order = torch.randperm(self.images, generator=shuffle)[: self.per_epoch * self.batch_size]
-            order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
-            for batch in order[done * self.accumulate:, self.rank].tolist():
-                yield [(epoch, index) for index in batch]
-            done = 0
-
-
-class EvalSampler(Sampler):
-    """This rank's share of all images, in batches, the last one short: every image once, whatever the ranks."""
-
-    def __init__(self, images, batch_size, rank=0, world=1):
-        self.indices, self.batch_size = range(rank, images, world), batch_size
-
-    def __len__(self):
-        return math.ceil(len(self.indices) / self.batch_size)
-
-    def __iter__(self):
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start: start + self.batch_size]]
-
-
-def loader(images, sampler, workers, device=torch.device("cpu")):
-    """Batches (uint8 (B, 3, H, W), int64 (B,), B faults), ready to be copied to the device without a wait."""
-    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0, worker_init_fn=start_worker)
-
-
-def start_worker(_):
-    """A worker that a signal to all processes of a run ended would end the run before it could save itself. And a garbage
-    collection that visited the objects of all modules would copy their memory to each worker, 80 MB of it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()
-
-
-@atexit.register
-def end_workers():
-    """multiprocessing would end those that are left by SIGTERM, and wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def seed_of(*key):
-    """A seed for torch's generators that is a function of what the draw is for."""
-    return random.Random(repr(key)).getrandbits(63)
+        image = fill * inside + back * (1 - inside)
+        return Image.fromarray((image * 255 + 0.5).astype(np.uint8)), shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,7 +523,7 @@ def seed_of(*key):
 
 
 def grid(images, classes, rows=6, columns=10, cell=96):
-    """One picture of rows x columns pictures drawn at random, enlarged, each with its label."""
+    """One image of rows x columns images drawn at random, enlarged, each with its label."""
     sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
     rng = random.Random("grid")
     for i in range(rows * columns):
@@ -579,13 +535,13 @@ def grid(images, classes, rows=6, columns=10, cell=96):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Save a labelled grid of training pictures, as the model sees them.")
-    parser.add_argument("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder with train/ and val/")
+    parser = argparse.ArgumentParser(description="Save a labelled grid of training images, as the model sees them.")
+    parser.add_argument("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder with train/ and val/")
     parser.add_argument("--split", default="train", choices=("train", "val", "conflict"), help="conflict: shapes-cue's")
-    parser.add_argument("--img-size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--rows", type=int, default=6, help="of ten pictures each")
-    parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as the published recipes do")
-    parser.add_argument("--out", default="samples.png", help="where the picture goes")
+    parser.add_argument("--img-size", type=int, default=32, help="resolution, pixels")
+    parser.add_argument("--rows", type=int, default=6, help="of ten images each")
+    parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as published")
+    parser.add_argument("--out", default="samples.png", help="where the image goes")
     args = parser.parse_args()
     transform = partial(eval_transform, size=args.img_size)
     if args.split == "train" or args.augment:
@@ -600,5 +556,5 @@ if __name__ == "__main__":
         source = open_data(args.data, args.split, args.img_size)
         grid(Images(source, transform), source.classes, args.rows).save(args.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{len(source):,} pictures in {len(source.classes)} classes; a sample of them is in {args.out}")
+        parser.exit(2, f"error: {error}\n")
+    print(f"{len(source):,} images in {len(source.classes)} classes; a sample of them is in {args.out}")

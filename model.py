@@ -9,7 +9,7 @@ decoder block of LLaMA [4] reading image patches. Weights carry the names of the
 
 `python model.py` prints the ladder.
 
-Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M tokens read.
+Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M queries.
 
 [1] ViT, arXiv 2010.11929       [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773
 [4] LLaMA, arXiv 2302.13971     [5] SwiGLU, arXiv 2002.05202     [6] RMSNorm, arXiv 1910.07467
@@ -20,8 +20,9 @@ import math
 import pickle
 import re
 import sys
+import textwrap
 import zipfile
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +37,18 @@ MASKS = ("none", "causal", "modified", "soft", "soft_log")
 @dataclass(frozen=True)
 class Config:
     """Everything that fixes a model. The defaults are ViT-T/16 for ImageNet; for the rest see SIZES and STEPS."""
-    img_size: int = 224       # pixels a side of the square input
-    patch_size: int = 16      # pixels a side of a patch; img_size is a multiple of it
+    img_size: int = 224       # resolution of the square input, pixels
+    patch_size: int = 16      # side of a patch, pixels; img_size is a multiple of it
     num_classes: int = 1000   # outputs of the head
     width: int = 192          # channels of a token, D
     depth: int = 12           # blocks
     heads: int = 3            # attention heads; D / heads channels each, 64 in all published sizes
-    drop_path: float = 0.0    # share of samples whose residual branch is skipped in the last block [8]
+    drop_path: float = 0.0    # stochastic depth [8]: probability in the last block, falling linearly to 0 in the first
     # The ladder, in the order in which it is climbed:
     swiglu: bool = False      # MLP gated by a SiLU [5], without biases, in place of GELU
     rmsnorm: bool = False     # RMSNorm [6] in place of LayerNorm
-    mask: str = "none"        # who sees whom in attention: none, causal, modified, soft or soft_log
-    cls_last: bool = False    # class token after the patches ("post-sequence"), not before them
+    mask: str = "none"        # attention mask, see masks(): none, causal, modified, soft or soft_log
+    cls_last: bool = False    # post-sequence class token: after the patches instead of before them
     rope: bool = False        # rotary position embedding [7] of queries and keys
     abs_pos: bool = True      # learned position embedding, added to the tokens
 
@@ -91,10 +92,10 @@ STEPS = {  # each rung: what it changes against the one before
     "vit": dict(),
     "swiglu": dict(swiglu=True),
     "rmsnorm": dict(rmsnorm=True),
-    "causal": dict(mask="causal"),                # collapses: the class token, being first, sees nothing but itself
-    "ps_cls": dict(cls_last=True),                # the cure: last in line, it sees every patch
+    "causal": dict(mask="causal"),                # collapses: the class token comes first and attends to itself alone
+    "ps_cls": dict(cls_last=True),                # the cure: the class token comes last and attends to every patch
     "rope": dict(rope=True, abs_pos=False),
-    "abs_pos": dict(abs_pos=True),                # both kinds of position together
+    "abs_pos": dict(abs_pos=True),                # learned and rotary positions together
     "soft_mask": dict(mask="soft"),               # iLLaMA: bidirectional at first, causal later (see set_soft_mask)
 }
 
@@ -148,7 +149,7 @@ class RMSNorm(nn.Module):
 def rope_table(tokens, dim, theta=10000.0):
     """(2, N, d/2): cosine and sine of the angle t * theta^(-2k/d), for token t and pair of channels k [7].
 
-    t is the place in the sequence: patches in raster order, the class token like any other.
+    t is the position in the sequence: patches in raster order over their 2-D grid, the class token like any other.
     """
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)            # d/2
     angle = torch.outer(torch.arange(tokens), frequency)             # N, d/2
@@ -156,7 +157,7 @@ def rope_table(tokens, dim, theta=10000.0):
 
 
 def rotate(x, table):
-    """Turn each pair of neighbouring channels by its token's angle, as LLaMA does; q . k then knows the distance alone.
+    """Rotate each pair of adjacent channels by its token's angle, as LLaMA does: q . k depends on the relative position.
 
     x: (B, h, N, d), table: (2, N, d/2). (a + ib) * (cos + i sin), written in real numbers and computed in float32.
     """
@@ -182,7 +183,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """fc2(silu(fc1(x)) * fc3(x)) [5]: LLaMA's. Three matrices for two, so hidden is 8/3 D, made a multiple of 256."""
+    """fc2(silu(fc1(x)) * fc3(x)) [5]: LLaMA's. Three matrices, so hidden is 8/3 D, rounded up to a multiple of 256."""
 
     def __init__(self, dim):
         super().__init__()
@@ -200,10 +201,10 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: softmax(q k' / sqrt(d) + bias) * gate, times v.
+    """Multi-head attention: softmax(q k' / sqrt(d) + attn_bias) * attn_scale, times v.
 
-    bias and gate are (N, N), or None where a rung has none: see masks. `read` picks the tokens whose output is wanted,
-    all by default; every token is seen.
+    attn_bias and attn_scale are the mask, (N, N) each or None: see masks(). `queries` picks the tokens whose output is
+    computed, by default all; keys and values are always those of all tokens.
     """
 
     def __init__(self, cfg):
@@ -212,40 +213,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def qkv_heads(self, x, rope, read):
-        """x: (B, N, D) -> q (B, h, M, d), k and v (B, h, N, d), q and k rotated."""
-        if read == slice(None):
-            q, k, v = self.qkv(x).chunk(3, dim=-1)                   # B, N, D each
-        else:  # the same rows of the same matrix, but queries only where they are read
-            D = x.shape[-1]
-            q = F.linear(x[:, read], self.qkv.weight[:D], self.qkv.bias[:D])
-            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if rope is not None:
-            q, k = rotate(q, rope[:, read]), rotate(k, rope)
-        return q, k, v
+    def qkv_heads(self, x, rope):
+        """x: (B, N, D) -> q, k and v: (B, h, N, d), q and k rotated."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
-    def weights(self, q, k, bias, gate):
-        """(B, h, M, N): the attention map as it multiplies the values. Rows sum to 1 unless there is a gate."""
+    def attention_map(self, q, k, attn_bias, attn_scale):
+        """(B, h, M, N): what multiplies the values. Rows sum to 1 unless there is an attn_scale."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias
+        if attn_bias is not None:
+            scores = scores + attn_bias
         attn = scores.softmax(dim=-1)
-        return attn if gate is None else attn * gate
+        return attn if attn_scale is None else attn * attn_scale
 
-    def forward(self, x, rope, bias, gate, read=slice(None)):
-        q, k, v = self.qkv_heads(x, rope, read)
-        bias, gate = (m if m is None else m[read].type_as(q) for m in (bias, gate))
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # here torch's fused kernel loses to plain products
-        if gate is None and not slow:                                # nothing after the softmax: one fused kernel
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    def forward(self, x, rope, attn_bias, attn_scale, queries=slice(None)):
+        q, k, v = self.qkv_heads(x, rope)
+        q = q[:, :, queries]                                         # B, h, M, d
+        attn_bias, attn_scale = (m if m is None else m[queries].type_as(q) for m in (attn_bias, attn_scale))
+        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # here the fused kernel is slower than two matmuls
+        if attn_scale is None and not slow:                          # nothing after the softmax: one fused kernel
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)
         else:
-            y = self.weights(q, k, bias, gate) @ v
+            y = self.attention_map(q, k, attn_bias, attn_scale) @ v
         return self.proj(y.transpose(1, 2).flatten(2))               # B, M, D
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); in training each branch is skipped now and then [8]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch with stochastic depth in training [8]."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
@@ -255,8 +249,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(cfg.width) if cfg.swiglu else MLP(cfg.width)
         self.drop_path = StochasticDepth(drop_path, mode="row")      # an independent draw for each sample and branch
 
-    def forward(self, x, rope, bias, gate, read=slice(None)):
-        x = x[:, read] + self.drop_path(self.attn(self.norm1(x), rope, bias, gate, read))
+    def forward(self, x, rope, attn_bias, attn_scale, queries=slice(None)):
+        x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, attn_bias, attn_scale, queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))           # B, M, D
 
 
@@ -265,11 +259,11 @@ def norm(cfg):
 
 
 def masks(cfg, alpha=0.0, device=None):
-    """bias, added before the softmax, and gate, multiplied after it: (N, N) each, or None. Row i is what token i sees.
+    """attn_bias, added before the softmax, and attn_scale, multiplied after it: (N, N) each, or None. Row i is query i.
 
-    `soft` is the published mask: future values are scaled by alpha once the softmax has been taken, so future keys keep
-    their share of its denominator, and even at alpha 0 a token can tell something of what comes after it. `soft_log`
-    scales exp(score) instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+    `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay
+    in its denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales
+    exp(score) instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
     """
     if cfg.mask == "none":
         return None, None
@@ -278,7 +272,7 @@ def masks(cfg, alpha=0.0, device=None):
     if cfg.mask == "causal":
         return bias.masked_fill(future, -math.inf), None
     if cfg.mask == "modified":
-        future[-1 if cfg.cls_last else 0] = False                    # the class token's row
+        future[-1 if cfg.cls_last else 0] = False                    # the class token attends to all
         return bias.masked_fill(future, -math.inf), None
     if cfg.mask == "soft":
         return None, torch.ones_like(bias).masked_fill(future, alpha)
@@ -307,16 +301,16 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, cfg.tokens, cfg.width)) if cfg.abs_pos else None
-        rate = cfg.drop_path / max(1, cfg.depth - 1)                 # grows linearly from 0 over the blocks
+        rate = cfg.drop_path / max(1, cfg.depth - 1)
         self.blocks = nn.ModuleList(Block(cfg, i * rate) for i in range(cfg.depth))
         self.norm = norm(cfg)
         self.head = nn.Linear(cfg.width, cfg.num_classes)
-        self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's place in the sequence
+        self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's position in the sequence
 
         # What can be computed is not stored: none of these is in the state dict.
         rope = rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None
-        bias, gate = masks(cfg)
-        for name, table in (("rope", rope), ("bias", bias), ("gate", gate)):
+        attn_bias, attn_scale = masks(cfg)
+        for name, table in (("rope", rope), ("attn_bias", attn_bias), ("attn_scale", attn_scale)):
             self.register_buffer(name, table, persistent=False)
 
         self.apply(init_weights)
@@ -325,14 +319,14 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def set_soft_mask(self, alpha):
-        """How much of the future a token sees: 1 is bidirectional attention, 0 (at first) causal."""
+        """What is left of the attention to later tokens: 1 is bidirectional attention, 0 (at first) causal."""
         if self.cfg.mask not in ("soft", "soft_log"):
             raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
             raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
-        for mask, values in zip((self.bias, self.gate), masks(self.cfg, alpha, self.cls_token.device)):
+        for mask, values in zip((self.attn_bias, self.attn_scale), masks(self.cfg, alpha, self.cls_token.device)):
             if mask is not None:
-                mask.copy_(values)   # in place: a compiled model sees them without being compiled again
+                mask.copy_(values)   # in place: a compiled model uses it without being compiled again
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
@@ -345,29 +339,24 @@ class VisionTransformer(nn.Module):
         return x if self.pos_embed is None else x + self.pos_embed
 
     def forward(self, images):
-        """Logits. Of the last block only the class token is read, so only it is computed there."""
-        x = self.embed(images)                                       # B, N, D
-        seen = self.rope, self.bias, self.gate
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, *seen)
-        x = last(x, *seen, read=self.cls)                            # B, 1, D
-        return self.head(self.norm(x)).squeeze(1)                    # B, num_classes
+        """Logits. Only the class token is read, so the last block computes its output alone."""
+        return self.head(self.forward_features(images, self.cls)).squeeze(1)     # B, num_classes
 
-    def forward_features(self, images):
-        """All tokens after the last norm: (B, N, D)."""
+    def forward_features(self, images, queries=slice(None)):
+        """Tokens after the last norm: (B, N, D), or those of the `queries` of the last block."""
         x = self.embed(images)
-        for block in self.blocks:
-            x = block(x, self.rope, self.bias, self.gate)
+        for i, block in enumerate(self.blocks, 1):
+            last = i == len(self.blocks)
+            x = block(x, self.rope, self.attn_bias, self.attn_scale, queries if last else slice(None))
         return self.norm(x)
 
     def attention_maps(self, images):
-        """The maps as they multiply the values, (depth, B, heads, N, N): row i is where token i looks."""
+        """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
         x, maps = self.embed(images), []
         for block in self.blocks:
-            q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope, slice(None))
-            maps.append(block.attn.weights(q, k, self.bias, self.gate))
-            x = block(x, self.rope, self.bias, self.gate)
+            q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
+            maps.append(block.attn.attention_map(q, k, self.attn_bias, self.attn_scale))
+            x = block(x, self.rope, self.attn_bias, self.attn_scale)
         return torch.stack(maps)
 
 
@@ -376,7 +365,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module):
-    """DeiT's start: linear weights normal with standard deviation 0.02, biases 0; the convolution keeps torch's."""
+    """DeiT's initialization: linear weights normal, standard deviation 0.02, biases 0; the convolution keeps torch's."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -388,6 +377,14 @@ PUBLISHED = (  # the authors' weights, by the names of their files
     "illama-base-in21kin1k-224-83.6", "illama-base-in21kin1k-384-85.0",
     "illama-large-in21kin1k-224-84.8", "illama-large-in21kin1k-384-86.0")
 PUBLISHED_URL = "https://huggingface.co/techmonsterwang/iLLaMA/resolve/main"
+
+SCALAR = np.float64(0).__reduce__()[0]     # what rebuilds a pickled numpy scalar; its module has had two names
+SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), argparse.Namespace]
+
+CHECKPOINT = dict(  # what a checkpoint of train.py holds, as far as evaluation needs it; see conform
+    model=dict, config=Config, classes=list | None, alpha=float | int | None,
+    run=dict(size=str, step=str, data=str, dtype=str, seed=int))
 
 
 def fetch(name):
@@ -403,16 +400,11 @@ def fetch(name):
     return file
 
 
-SCALAR = np.float64(0).__reduce__()[0]     # what rebuilds a pickled numpy scalar; its module has had two names
-SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), argparse.Namespace]
-
-
 def read_checkpoint(source):
-    """The dict in a file, by its path, its run's folder (then best.pt) or a published name. Only weights and plain types are read: a pickle that would run
-    code is refused, and so is a file that has changed since it was written. ValueError if there is nothing to read.
+    """The dict in a file, by its path, its run's folder (then best.pt) or a published name. ValueError if there is none.
 
-    Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimiser's groups.
+    Only weights and plain types are read: a pickle that would run code is refused, and so is a corrupted file.
+    Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimizer's groups.
     """
     path = fetch(source) if str(source) in PUBLISHED else Path(source)
     if path.is_dir():
@@ -428,7 +420,7 @@ def read_checkpoint(source):
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(error))                      # torch's own text is advice to trust the file
+        code = re.search(r"GLOBAL (\S+)", str(error))                      # torch's own text advises to trust the file
         reason = (f"it holds {code[1]}, which could run code" if code else
                   "it is not a file of torch.save" if isinstance(error, pickle.UnpicklingError) else
                   (str(error).splitlines() or ["it is empty"])[0])
@@ -464,35 +456,60 @@ def conform(value, kind, name):
                          "use another file")
 
 
-def weights_of(checkpoint):
-    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
-    state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(name, str) and is_dense(value) for name, value in state.items()):
-        raise ValueError("what should be weights is not a dict of tensors, dense and floating-point, by their names: "
-                         "use another file")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
-
-
 def is_dense(value):
     return (isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_floating_point()
             and not value.is_quantized and not value.is_meta)
 
 
-def depth_of(state):
-    """How many blocks a state dict has."""
-    return sum(name.endswith("norm1.weight") for name in state)
+def weights_of(checkpoint):
+    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
+    state = checkpoint.get("model", checkpoint)
+    if not (isinstance(state, dict) and all(isinstance(name, str) for name in state) and all(map(is_dense, state.values()))):
+        raise ValueError("what should be weights is not a dict of tensors, dense and floating-point, by their names: "
+                         "use another file")
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 
-def config_of(state, name):
-    """The Config of published weights, from their shapes alone. ValueError with their `name` if they are none."""
-    try:
-        shape = state["cls_token"].shape[-1], depth_of(state)
+def open_checkpoint(source):
+    """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
+    checkpoint = read_checkpoint(source)
+    if "config" in checkpoint:
+        conform(checkpoint, CHECKPOINT, source)
+        return checkpoint
+    state = weights_of(checkpoint)
+    try:  # the shapes alone tell the Config
+        shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
         size = next(name for name, sizes in SIZES.items() if (sizes["width"], sizes["depth"]) == shape)
         patch_size, grid = state["patch_embed.proj.weight"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
-        return config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))
+        cfg = config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))
     except (KeyError, StopIteration) as error:
-        raise ValueError(f"{name} is neither a checkpoint that train.py wrote nor published iLLaMA weights: "
+        raise ValueError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: "
                          "use another file") from error
+    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0, run=dict(dtype="float32"))
+
+
+def build(checkpoint):
+    """The model of a checkpoint, with its weights and its soft mask."""
+    state, cfg = weights_of(checkpoint), Config(**checkpoint["config"])
+    try:
+        with torch.device("meta"):                     # shapes alone: a wrong configuration takes no memory
+            load_state(VisionTransformer(cfg), state, assign=True)
+    except RuntimeError as error:                      # shapes beyond all bounds
+        raise ValueError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
+    model = VisionTransformer(cfg)
+    model.load_state_dict(state)
+    if checkpoint["alpha"] is not None:
+        model.set_soft_mask(checkpoint["alpha"])
+    return model
+
+
+def load_state(model, state, assign=False):
+    """model.load_state_dict, strictly, with what torch finds wrong in one sentence of a ValueError."""
+    try:
+        model.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        wrong = textwrap.shorten(str(error).partition(":")[2], 600)
+        raise ValueError(f"the weights do not fit the model: {wrong} Use the model that they are of") from error
 
 
 def load_weights(model, source, new_head=False):
@@ -511,23 +528,8 @@ def load_weights(model, source, new_head=False):
     if new_head and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
         notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} now")
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
-
-    check_fit(model, state)
-    model.load_state_dict(state)
+    load_state(model, state)
     return notes
-
-
-def check_fit(model, state):
-    """ValueError that lists what is missing, too much or of another shape in a state dict."""
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-    wrong += [f"{name} is not in the model" for name in state.keys() - own.keys()]
-    wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-              for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
-    if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:6])}{more}: "
-                         "build the model that they were saved from")
 
 
 def resize_positions(pos, tokens, cls_last):
@@ -543,7 +545,7 @@ def resize_positions(pos, tokens, cls_last):
 
 
 if __name__ == "__main__":
-    print("parameters of each rung at 224 pixels, 1,000 classes")
+    print("parameters of each rung at resolution 224, 1,000 classes")
     print(f"{'step':10} {'changes':28}", *(f"{size:>12}" for size in SIZES))
     for step, changes in STEPS.items():
         with torch.device("meta"):                                   # shapes without memory

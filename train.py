@@ -6,11 +6,11 @@
     python train.py --data cifar10 --step ps_cls --no-rmsnorm  # any rung, any flag on top
     python train.py --resume                                   # go on with the newest run
 
-A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line an
+A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line per
 epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
 
-A run is a function of its flags: every random draw is made anew from what it is for, so a run that was interrupted and
-resumed is the run that was left alone. SIGTERM and SIGINT make it save itself and end with exit code 75.
+A run is a function of its flags: every random draw is seeded by its purpose, so a run that was interrupted and resumed
+ends as the run that was not. SIGTERM and SIGINT make it save itself and end with exit code 75.
 """
 import argparse
 import inspect
@@ -36,30 +36,30 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (BUILT_IN, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
-                  seed_of, some, train_transform)
-from eval import (CHECKPOINT, DEVICES, DTYPES, Parser, build, default_workers, evaluate, explain, gather, in_turn, leave,
-                  on_first, setup, stop, stop_on_signals)
-from model import (MASKS, SIZES, STEPS, Config, VisionTransformer, config, conform, is_dense, load_weights, overrides,
-                   read_checkpoint)
+from data import (DATASETS, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
+                  seed_of, shorten, train_transform)
+from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, explain, gather, in_turn, leave, on_first, setup,
+                  stop, stop_on_signals)
+from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, conform, is_dense,
+                   load_weights, overrides, read_checkpoint)
 
 SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. An epoch is the whole global batches that the training pictures give; a remainder is left out."""
-    img_size: int                # pixels a side
-    patch_size: int              # pixels a side of a patch
-    epochs: int                  # times through the training pictures
-    batch_size: int              # images an iteration: over all ranks and micro-batches
-    micro_batch: int             # images a forward pass on one rank; gradients accumulate over them
-    lr: float                    # peak learning rate of AdamW, whatever the batch size
+    """How to train. An epoch is as many global batches as the training images fill; the remainder is left out."""
+    img_size: int                # resolution, pixels
+    patch_size: int              # side of a patch, pixels
+    epochs: int                  # passes over the training images
+    batch_size: int              # images per iteration (global batch size), over all ranks and micro-batches
+    micro_batch: int             # micro-batch size (per rank); gradients accumulate over micro-batches
+    lr: float                    # peak learning rate of AdamW, not scaled with the batch size
     min_lr: float                # where the cosine ends
     warmup_epochs: int           # linear warm-up from 0
-    weight_decay: float          # AdamW's, on matrices alone
+    weight_decay: float          # AdamW's, on 2-D weights only
     clip_grad: float             # largest norm of the gradient; 0 does not clip
-    drop_path: float             # stochastic depth, in the last block; 0 in the first
+    drop_path: float             # stochastic depth: probability in the last block, falling to 0 in the first
     label_smoothing: float       # probability spread evenly over the classes
     mixup: float                 # alpha of mixup's Beta distribution; 0 is off
     cutmix: float                # alpha of CutMix's; with both on, each micro-batch takes one of them
@@ -76,11 +76,9 @@ class Recipe:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from 0 on")
             if name in ("label_smoothing", "erasing") and value > 1:
                 raise ValueError(f"{flag(name)} is {value}; it is a probability, at most 1")
-        if self.soft_mask_schedule not in SCHEDULES:
-            raise ValueError(f"unknown --soft-mask-schedule {self.soft_mask_schedule!r}; choose {' or '.join(SCHEDULES)}")
 
 
-SMALL_DATA = Recipe(  # pictures of about 32 pixels, minutes on a CPU
+SMALL_DATA = Recipe(  # images of about 32 pixels, minutes on a CPU
     img_size=32, patch_size=8, epochs=4, batch_size=64, micro_batch=256,
     lr=7e-4, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0, drop_path=0.0,
     label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0, augment=False,
@@ -97,7 +95,7 @@ BASIC = Recipe(
     soft_mask_schedule="constant", soft_mask_epochs=0)
 IN21K = replace(  # launch scripts l6 and l9, which leave mixup and cutmix at their defaults
     BASIC, epochs=90, micro_batch=32, lr=1e-3, warmup_epochs=5, weight_decay=0.01, drop_path=0.1, soft_mask_epochs=30)
-TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12 and hft18; unmixed, as the logged training accuracy confirms
+TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12, hft18; no mixup or CutMix, as the logged accuracies confirm
     BASIC, epochs=30, batch_size=512, micro_batch=32, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
 TUNE_384 = replace(TUNE, img_size=384, micro_batch=16)
 
@@ -121,7 +119,7 @@ TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "la
 
 @dataclass
 class Run:
-    """What to train, on what, where."""
+    """What to train, on what."""
     size: str = "tiny"           # width, depth and heads, see model.py
     step: str = "soft_mask"      # rung of the ladder, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
@@ -137,8 +135,8 @@ class Machine:
     out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
     device: str = "auto"         # auto takes a GPU where there is one
     compile: bool = False        # torch.compile the model
-    recompute: bool = False      # keep only the blocks' inputs for the backward pass: less memory, more time
-    workers: int = default_workers()   # loader processes a rank
+    recompute: bool = False      # activation checkpointing of each block: less memory, more time
+    workers: int = default_workers()   # data-loading workers per rank
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
 
     def __post_init__(self):
@@ -146,10 +144,6 @@ class Machine:
             raise ValueError(f"--workers is {self.workers}; it must be from 0 to 1024")
         if self.save_every < 0:
             raise ValueError(f"--save-every is {self.save_every}; it must be at least 0")
-
-
-CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
-               soft_mask_schedule=SCHEDULES)   # flags whose values are listed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +168,295 @@ def soft_mask_at(iteration, recipe, iterations_per_epoch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What an iteration needs
+
+
+@dataclass
+class State:
+    """Where a run stands, the same on all ranks: beside weights and optimizer all that a checkpoint needs."""
+    iteration: int = 0                   # those done
+    epoch: int = 0                       # the first one that has not been evaluated
+    alpha: float | None = None           # the soft mask's, if the model has one
+    best_acc1: float = -1.0              # since alpha reached its final value
+    loss_sum: float = 0.0                # of this epoch, over micro-batches and ranks
+    unreadable: int = 0                  # images of this epoch
+
+
+def make_optimizer(model, recipe):
+    """AdamW; no weight decay on norms, biases, positions and class token."""
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        (rest if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay).append(p)
+    groups = [dict(params=decay, weight_decay=recipe.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def recompute_blocks(model):
+    """Activation checkpointing: only each block's input is saved for backward, which computes the rest again."""
+    for block in model.blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, device, progress):
+    """(images, labels, how many of them were unreadable) of the whole run from iteration `start` on: on the device,
+    normalized, erased and mixed as the recipe says."""
+    warned = set()
+    for number in itertools.count(start * accumulate):
+        images, labels, faults = progress.timed(next, batches)
+        for fault in set(filter(None, faults)) - warned:
+            warned.add(fault)
+            tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
+        rng = random.Random(f"{seed} {number // accumulate} {rank} {number % accumulate}")
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = normalize(images)
+        if recipe.erasing:
+            erase(images, rng, recipe.erasing)
+        if recipe.mixup or recipe.cutmix:
+            images, labels = mix(images, labels, classes, rng, recipe.mixup, recipe.cutmix)
+        yield images, labels, sum(map(bool, faults))
+
+
+def exchange(*values, device):
+    """A list by rank for each value: the one exchange of an iteration beside the gradients, and the only wait for the
+    device. Values are numbers, or tensors of one element on the device."""
+    def tensor(value):
+        return value.float() if isinstance(value, torch.Tensor) else torch.full((), float(value), device=device)
+    mine = torch.stack(list(map(tensor, values)))
+    ranks = [mine]
+    if dist.is_initialized():
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+    return torch.stack(ranks, dim=1).tolist()
+
+
+def check_health(losses, norms, state, images, folder, scaler):
+    """ValueError if a loss or gradient of an iteration is not finite, or too many images of an epoch are unreadable."""
+    if not all(map(math.isfinite, losses if scaler.is_enabled() else losses + norms)):   # it skips steps that overflow
+        raise ValueError(f"the loss or its gradient is not a finite number at iteration {state.iteration}; it was not "
+                         f"applied, and {folder} holds the run as it was last saved: try a smaller --lr or "
+                         "--dtype float32")
+    most = min(images - 1, max(10, images // 100))
+    if state.unreadable > most:
+        raise ValueError(f"more than {most:,} of {images:,} training images cannot be read: see the warnings, and "
+                         "replace or remove them")
+
+
+def metrics_row(run, recipe, cfg, state, per_epoch, losses, result, n_parameters, **times):
+    """A line of metrics.jsonl, with the names of the published logs; `losses` have gone into state.loss_sum."""
+    span, soft = range(state.epoch * per_epoch, state.iteration), cfg.mask.startswith("soft")
+    return dict(
+        step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=state.epoch,
+        train_loss=state.loss_sum / losses,
+        train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
+        train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if soft else None,
+        **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
+        unreadable=state.unreadable, **times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
+
+
+def main(argv=None):
+    started = time.perf_counter()
+    with explain():   # whatever the user can get wrong is found in here, before any work is done
+        given = parse_flags(argv)
+        machine = Machine(**pick(Machine, given))
+        path, checkpoint = find_resume(given)
+        run, recipe, cfg = resolve(given, checkpoint)
+        rank, world, device, dtype = setup(machine.device, run.dtype)
+        run = replace(run, dtype=str(dtype).removeprefix("torch."))
+        state = State(**pick(State, checkpoint or {}))
+        check_ranks(**asdict(state) | asdict(cfg) | asdict(recipe) | dict(seed=run.seed, dtype=run.dtype))
+        micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
+        train, val = open_splits(run, recipe, checkpoint)
+        per_epoch = len(train) // recipe.batch_size
+        cfg = replace(cfg, num_classes=len(train.classes))
+        torch.manual_seed(seed_of("weights", run.seed))
+        model, notes = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device), []
+        if run.init_from and not checkpoint:
+            notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
+        optimizer = make_optimizer(model, recipe)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if checkpoint:
+            load_moments(optimizer, checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        folder = path.parent if path else on_first(make_folder, machine.out, name_of(run, cfg), "resume" in given)
+
+    if machine.recompute:
+        recompute_blocks(model)
+    if machine.compile:
+        model.compile()
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model)
+        net.broadcast_buffers = False    # they follow from the configuration; the argument's name is changing
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    progress = Progress(recipe, per_epoch, rank)
+    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
+                           state.iteration)
+    images = Images(train, partial(train_transform, size=cfg.img_size, augment=recipe.augment), run.seed)
+    batches = micro_batches(iter(loader(images, sampler, machine.workers, device)), recipe, cfg.num_classes, run.seed,
+                            state.iteration, accumulate, rank, device, progress)
+    val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
+                         EvalSampler(len(val), micro_batch, rank, world), machine.workers, device)
+    n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.mask.startswith("soft")
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
+                    train_images=len(train), ranks=world)
+
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
+    say(f"model   {run.size}, step {run.step}{flags_of(run, cfg)}: {n_parameters:,} parameters, {cfg.img_size} x "
+        f"{cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
+    say(f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes")
+    say(f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes_of(recipe, run.recipe)}: "
+        f"{plural(recipe.epochs, 'epoch')} of {plural(per_epoch, 'iteration')}")
+    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
+    say(f"device  {device.type}{threads}, {run.dtype}{extras}")
+    if run.init_from and not checkpoint:
+        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
+    if path:
+        finished = ", finished" * (state.epoch == recipe.epochs)
+        say(f"resume  {path} at iteration {state.iteration:,} of {recipe.epochs * per_epoch:,}{finished}")
+    else:
+        say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
+    if checkpoint and checkpoint["ranks"] != world:
+        say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
+    with explain():
+        rows = prepare(folder, path, given, settings, state) if rank == 0 else []
+
+    def save_run(improved=False):
+        if rank == 0:
+            with explain():
+                save(settings, state, model, optimizer, scaler, folder, improved)
+
+    def end_early():
+        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
+        if world > 1:
+            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
+        sys.exit(PREEMPTED)
+
+    for epoch in range(state.epoch, recipe.epochs):
+        model.train()
+        progress.start(epoch, state.iteration)
+        while state.iteration < (epoch + 1) * per_epoch:
+            lr = lr_at(state.iteration, recipe, per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if soft and state.alpha != (alpha := soft_mask_at(state.iteration, recipe, per_epoch)):
+                model.set_soft_mask(alpha)
+                state.alpha = alpha
+            torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
+
+            loss_sum, faults = torch.zeros((), device=device), 0
+            for micro in range(accumulate):
+                images, labels, unreadable = next(batches)
+                net.require_backward_grad_sync = micro == accumulate - 1         # ranks average their gradients once
+                with autocast:
+                    loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
+                scaler.scale(loss / accumulate).backward()
+                loss_sum += loss.detach()
+                faults += unreadable
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            losses, norms, unreadable, stops = exchange(loss_sum, norm, faults, len(stop), device=device)
+            state.unreadable += int(sum(unreadable))
+            with explain():
+                check_health(losses, norms, state, len(train), folder, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            state.loss_sum += sum(losses)
+            state.iteration += 1
+
+            progress.update(state.iteration, fmean(losses) / accumulate, lr, state.alpha)
+            if any(stops):
+                progress.end()
+                save_run()
+                end_early()
+            if machine.save_every and state.iteration % machine.save_every == 0:
+                save_run()
+        rate, waiting = progress.end()
+
+        save_run()                                       # before the evaluation, which may fail
+        with explain():
+            result = evaluate(model, val_batches, device, dtype, stop)
+        if result is None:
+            end_early()
+        row = metrics_row(run, recipe, cfg, state, per_epoch, per_epoch * accumulate * world, result, n_parameters,
+                          time_s=time.perf_counter() - started, time_images_per_s=rate, time_waiting=waiting)
+        say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
+            f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  {rate:,.0f} images/s  "
+            f"{row['time_s']:,.0f} s")
+        final = not soft or state.alpha == soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch)
+        improved = final and row["test_acc1"] > state.best_acc1              # under different masks they do not compare
+        state = replace(state, epoch=epoch + 1, loss_sum=0.0, unreadable=0,
+                        best_acc1=row["test_acc1"] if improved else state.best_acc1)
+        rows.append(json.dumps(row))
+        if rank == 0:
+            with explain():
+                write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        save_run(improved)
+
+    say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
+        f"python eval.py {folder / 'best.pt'} --data {run.data}")
+    leave()
+
+
+class Progress:
+    """How fast it goes: a bar on a terminal, elsewhere a line every ten seconds; rank 0 alone shows it."""
+
+    def __init__(self, recipe, per_epoch, rank):
+        self.recipe, self.per_epoch, self.silent, self.waited = recipe, per_epoch, rank > 0, 0.0
+
+    def start(self, epoch, iteration):
+        self.epoch, done = epoch, iteration - epoch * self.per_epoch
+        self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
+        self.bar = tqdm(total=self.per_epoch, initial=done, desc=f"epoch {epoch}", leave=False,
+                        disable=self.silent or None)
+
+    def timed(self, function, *args):
+        """What a call returns; its time counts as waiting for data."""
+        start = time.perf_counter()
+        result = function(*args)
+        self.waited += time.perf_counter() - start
+        return result
+
+    def speed(self, since, done):
+        """Images/s, and the fraction of the time spent waiting for data, since a mark."""
+        then, before, waited = since
+        seconds = max(time.perf_counter() - then, 1e-9)
+        return (done - before) * self.recipe.batch_size / seconds, (self.waited - waited) / seconds
+
+    def update(self, iteration, loss, lr, alpha):
+        done = iteration - self.epoch * self.per_epoch
+        self.bar.update()
+        if not self.silent and time.perf_counter() - self.shown[0] > (10 if self.bar.disable else 1):
+            rate, waiting = self.speed(self.shown, done)
+            mask = "" if alpha is None else f"alpha {alpha:.3f}  "
+            hint = "; more --workers may help" if waiting > 0.2 else ""
+            text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                print(f"epoch {self.epoch}  {done}/{self.per_epoch}  {text}", flush=True)
+            self.shown = time.perf_counter(), done, self.waited
+
+    def end(self):
+        """Images/s and the fraction of waiting over the epoch, as far as it was trained now."""
+        self.bar.close()
+        return self.speed(self.began, self.per_epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line comes from the dataclasses
+
+
+CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
+               soft_mask_schedule=SCHEDULES)   # flags whose values are listed
 
 
 def flag(name, value=None):
@@ -182,6 +464,26 @@ def flag(name, value=None):
     if isinstance(value, bool):
         return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
     return f"--{name.replace('_', '-')}{'' if value is None else f' {value}'}"
+
+
+def flags_of(run, cfg):
+    """The flags that were given on top of the rung."""
+    return "".join(f" {flag(*change)}" for change in overrides(cfg, run.size, run.step).items())
+
+
+def changes_of(recipe, name):
+    """The flags that were given on top of the recipe."""
+    usual = asdict(RECIPES[name])
+    return "".join(f" {flag(key, value)}" for key, value in asdict(recipe).items() if value != usual[key])
+
+
+def name_of(run, cfg):
+    """SIZE-STEP-DATA of a run's folder, with the flags on top of the rung."""
+    return f"{run.size}-{run.step}{flags_of(run, cfg).replace(' --', '-').replace(' ', '-')}-{Path(run.data).name}"
+
+
+def plural(n, word, s="s"):
+    return f"{n:,} {word}{'' if n == 1 else s}"
 
 
 def add_flags(parser, cls, skip=()):
@@ -227,7 +529,7 @@ def resolve(given, checkpoint):
         given = saved | given
     run = Run(**pick(Run, given))
     run = replace(run, recipe=run.recipe or default_recipe(run))
-    if run.recipe not in RECIPES:
+    if run.recipe not in RECIPES:                                         # of a checkpoint
         raise ValueError(f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
     size = run.size if run.recipe in ("small-data", "basic") else run.recipe.partition("-")[0]
     if size != run.size:
@@ -248,13 +550,9 @@ def resolve(given, checkpoint):
     return run, recipe, cfg
 
 
-def plural(n, word, s="s"):
-    return f"{n:,} {word}{'' if n == 1 else s}"
-
-
 def default_recipe(run):
     train = Path(run.data, "train")
-    if run.data in BUILT_IN or not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
+    if run.data in DATASETS or not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
         return "small-data"
     if run.init_from:
         raise ValueError("--init-from on 1,000 classes needs a --recipe: one for fine-tuning "
@@ -266,33 +564,37 @@ def default_recipe(run):
     return name
 
 
-def check_classes(run, classes, chosen):
-    """Folders that are nearly ImageNet, and ImageNet's recipes from scratch on something else, are mistakes."""
-    if run.data in BUILT_IN or run.init_from or classes == 1000 or run.recipe.endswith("-in21k"):
-        return
-    if run.recipe != "small-data":
-        raise ValueError(f"--recipe {run.recipe} is for ImageNet's 1,000 classes, but {run.data}/train has {classes} "
-                         "class folders: complete them, give --init-from to fine-tune, or choose --recipe small-data")
-    if 900 < classes < 1100 and not chosen:
-        raise ValueError(f"{run.data}/train has {classes} class folders, nearly ImageNet's 1,000: complete them, "
-                         "or choose a --recipe")
-
-
 def split_batch(recipe, world, strict):
-    """Images a forward pass, and forward passes an iteration, on each rank. Unless `strict`, a recipe's micro-batch is
-    the most that it may be."""
-    share, left = divmod(recipe.batch_size, world)
+    """(micro-batch size, micro-batches per iteration) of each rank. Unless `strict`, a recipe's micro-batch is the most
+    that it may be."""
+    part, left = divmod(recipe.batch_size, world)
     micro = recipe.micro_batch
-    while not strict and micro > 1 and (micro > share or share % micro):
+    while not strict and micro > 1 and (micro > part or part % micro):
         micro -= 1
-    if left or share % micro:
+    if left or part % micro:
         near = max(1, round(recipe.batch_size / world / micro)) * world * micro
         raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {plural(world, 'rank')} "
                          f"x --micro-batch {micro}; {near} is")
     if micro % 2 and (recipe.mixup or recipe.cutmix):
         raise ValueError(f"--micro-batch {micro} is odd, but mixup and cutmix pair the images of a micro-batch: "
                          "make it even, or set both to 0")
-    return micro, share // micro
+    return micro, part // micro
+
+
+def open_splits(run, recipe, checkpoint):
+    """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
+    train = in_turn(open_data, run.data, "train", recipe.img_size)
+    val = in_turn(open_data, run.data, "val", recipe.img_size, train.classes)
+    if len(train) < recipe.batch_size:
+        raise ValueError(f"--data {run.data} has {len(train)} training images, less than one --batch-size "
+                         f"{recipe.batch_size}: make it smaller")
+    if checkpoint and list(train.classes) != checkpoint["classes"]:
+        raise ValueError(f"--data {run.data} has the classes {shorten(train.classes)}, but the run to resume had "
+                         f"{shorten(checkpoint['classes'])}: give the data that it was started with")
+    if checkpoint and len(train) != checkpoint["train_images"]:
+        raise ValueError(f"--data {run.data} has {len(train)} training images, but the run to resume had "
+                         f"{checkpoint['train_images']}: give the data that it was started with")
+    return train, val
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,8 +632,8 @@ def find_resume(given):
 
 def read_run(path):
     checkpoint = read_checkpoint(path)
-    conform(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, train_images=int, ranks=int, optimizer=dict, scaler=dict)
-            | {field.name: field.type for field in fields(State)}, path)
+    conform(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(State)} | dict(
+        run=Run, recipe=Recipe, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
     return checkpoint
 
 
@@ -353,6 +655,18 @@ def make_folder(out, name, resume):
                 return folder
     except OSError as error:
         raise ValueError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error
+
+
+def prepare(folder, path, given, settings, state):
+    """Put the run's folder in order before training; returns the rows of metrics.jsonl of the epochs done."""
+    for name in FILES:                                   # of a process that was killed while it wrote
+        (folder / f"{name}.tmp").unlink(missing_ok=True)
+    if path and path.name == "prev.pt" and given["resume"] != str(path):
+        os.replace(path, folder / "last.pt")             # or the next save would put a damaged last.pt in its place
+    write(folder / "config.json", json.dumps(settings, indent=1).encode())
+    with suppress(FileNotFoundError):
+        return (folder / "metrics.jsonl").read_text().splitlines()[: state.epoch]
+    return []
 
 
 def write(path, content, previous=None):
@@ -381,330 +695,32 @@ def save(settings, state, model, optimizer, scaler, folder, improved):
     weights = settings | asdict(state) | dict(model=model.state_dict())
     if improved:
         store(weights, "best.pt")
-    store(weights | dict(optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict()), "last.pt", folder / "prev.pt")
+    moments = optimizer.state_dict()["state"]
+    store(weights | dict(optimizer=moments, scaler=scaler.state_dict()), "last.pt", folder / "prev.pt")
 
 
 def load_moments(optimizer, moments):
-    """What AdamW has gathered for each parameter, {place: {name: tensor}}, into the optimizer. ValueError if it does not
-    fit: the fused AdamW does not look, and would write beyond a tensor's end."""
+    """AdamW's moments of each parameter, {place: {name: tensor}}, into the optimizer. ValueError if they do not fit:
+    the fused AdamW does not check, and would write beyond a tensor's end."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
         own = moments.get(i)
         conform(own, dict(step=torch.Tensor, exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor), f"the optimizer: {i}")
-        if (any(own[name].shape != shape for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)))
-                or not all(map(is_dense, own.values()))):
+        shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+        if any(own[name].shape != shapes[name] for name in shapes) or not all(map(is_dense, own.values())):
             raise ValueError(f"the optimizer: {i} does not fit a parameter of shape {tuple(p.shape)}: use another file")
     groups = optimizer.state_dict()["param_groups"]                             # they follow from the recipe
     optimizer.load_state_dict(dict(state={i: moments[i] for i in range(len(params))}, param_groups=groups))
 
 
-def check_same(checkpoint, run, train):
-    """ValueError if the data are not those of the run to resume."""
-    if list(train.classes) != list(checkpoint["classes"]):
-        raise ValueError(f"--data {run.data} has the classes {some(train.classes)}, but the run to resume had "
-                         f"{some(checkpoint['classes'])}: give the data that it was started with")
-    if len(train) != checkpoint["train_images"]:
-        raise ValueError(f"--data {run.data} has {len(train)} training pictures, but the run to resume had "
-                         f"{checkpoint['train_images']}: give the data that it was started with")
-
-
 def check_ranks(**mine):
-    """ValueError if what ranks have of their own differs: a file that not all nodes see, a flag given to some of them."""
+    """ValueError if ranks differ in it: through a file that not all nodes have, or a flag given to some of them."""
     first, *others = gather(mine)
     for rank, theirs in enumerate(others, 1):
         for name in mine:
             if theirs[name] != first[name]:
-                raise ValueError(f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank {rank}: give all nodes "
-                                 "the same flags, and a folder for --out and --resume that they share")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
-
-
-@dataclass
-class State:
-    """Where a run stands, the same on all ranks: beside weights and optimiser all that a checkpoint needs."""
-    iteration: int = 0                   # those done
-    epoch: int = 0                       # the first one that has not been evaluated
-    alpha: float | None = None           # the soft mask's, if the model has one
-    best_acc1: float = -1.0              # since alpha reached its final value
-    loss_sum: float = 0.0                # of this epoch, over micro-batches and ranks
-    unreadable: int = 0                  # images of this epoch
-
-
-def make_optimizer(model, recipe):
-    """AdamW; no decay on norms, biases, positions and class token."""
-    decay, rest = [], []
-    for name, p in model.named_parameters():
-        (rest if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay).append(p)
-    groups = [dict(params=decay, weight_decay=recipe.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-
-
-def recompute_blocks(model):
-    """Let the backward pass compute anew what is inside each block; only the block's input is kept for it."""
-    for block in model.blocks:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-
-
-def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, device, progress):
-    """(images, labels, how many of them were unreadable) of the whole run from iteration `start` on: on the device,
-    normalized, erased and mixed as the recipe says."""
-    warned = set()
-    for number in itertools.count(start * accumulate):
-        images, labels, faults = progress.timed(next, batches)
-        for fault in set(filter(None, faults)) - warned:
-            warned.add(fault)
-            tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
-        rng = random.Random(f"{seed} {number // accumulate} {rank} {number % accumulate}")
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = normalize(images)
-        if recipe.erasing:
-            erase(images, rng, recipe.erasing)
-        if recipe.mixup or recipe.cutmix:
-            images, labels = mix(images, labels, classes, rng, recipe.mixup, recipe.cutmix)
-        yield images, labels, sum(map(bool, faults))
-
-
-def exchange(*values, device):
-    """What each rank has, a list by rank for each value: the one exchange of an iteration beside the gradients, and the
-    only wait for the device. Values are numbers, or tensors of one element on the device."""
-    mine = torch.stack([v.float() if isinstance(v, torch.Tensor) else torch.full((), float(v), device=device) for v in values])
-    ranks = [mine]
-    if dist.is_initialized():
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
-    return torch.stack(ranks, dim=1).tolist()
-
-
-def check_health(losses, norms, state, train, folder, scaler):
-    """ValueError if a loss or gradient of an iteration is not finite, or too many images of the epoch are unreadable."""
-    if not all(map(math.isfinite, losses if scaler.is_enabled() else losses + norms)):        # it skips steps that overflow
-        raise ValueError(f"the loss or its gradient is not a finite number at iteration {state.iteration}; it was not "
-                         f"applied, and {folder} holds the run as it was last saved: try a smaller --lr or --dtype float32")
-    most = min(len(train) - 1, max(10, len(train) // 100))
-    if state.unreadable > most:
-        raise ValueError(f"more than {most:,} of {len(train):,} training pictures cannot be read: see the warnings, and "
-                         "replace or remove them")
-
-
-class Progress:
-    """How fast it goes: a bar on a terminal, elsewhere a line every ten seconds; rank 0 alone shows it."""
-
-    def __init__(self, recipe, per_epoch, rank):
-        self.recipe, self.per_epoch, self.silent, self.waited = recipe, per_epoch, rank > 0, 0.0
-
-    def start(self, epoch, iteration):
-        self.epoch, done = epoch, iteration - epoch * self.per_epoch
-        self.began = self.shown = time.perf_counter(), done, self.waited             # when, iterations, seconds without data
-        self.bar = tqdm(total=self.per_epoch, initial=done, desc=f"epoch {epoch}", leave=False, disable=self.silent or None)
-
-    def timed(self, function, *args):
-        """What a call returns; its time counts as waiting for data."""
-        start = time.perf_counter()
-        result = function(*args)
-        self.waited += time.perf_counter() - start
-        return result
-
-    def speed(self, since, done):
-        """Images/s, and the fraction of the time spent waiting for data, since a mark."""
-        then, before, waited = since
-        seconds = max(time.perf_counter() - then, 1e-9)
-        return (done - before) * self.recipe.batch_size / seconds, (self.waited - waited) / seconds
-
-    def update(self, iteration, loss, lr, alpha):
-        done = iteration - self.epoch * self.per_epoch
-        self.bar.update()
-        if not self.silent and time.perf_counter() - self.shown[0] > (10 if self.bar.disable else 1):
-            rate, waiting = self.speed(self.shown, done)
-            mask = "" if alpha is None else f"alpha {alpha:.3f}  "
-            hint = "; more --workers may help" if waiting > 0.2 else ""
-            text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
-            self.bar.set_postfix_str(text)
-            if self.bar.disable:
-                print(f"epoch {self.epoch}  {done}/{self.per_epoch}  {text}", flush=True)
-            self.shown = time.perf_counter(), done, self.waited
-
-    def end(self):
-        """Images/s and the fraction of waiting over the epoch, as far as it was trained now."""
-        self.bar.close()
-        return self.speed(self.began, self.per_epoch)
-
-
-def main(argv=None):
-    started = time.perf_counter()
-    with explain():   # whatever the user can get wrong is found in here, before any work is done
-        given = parse_flags(argv)
-        machine = Machine(**pick(Machine, given))
-        path, checkpoint = find_resume(given)
-        run, recipe, cfg = resolve(given, checkpoint)
-        rank, world, device, dtype = setup(machine.device, run.dtype)
-        run = replace(run, dtype=str(dtype).removeprefix("torch."))
-        state = State(**pick(State, checkpoint or {}))
-        check_ranks(**asdict(state) | asdict(cfg) | asdict(recipe) | dict(seed=run.seed, dtype=run.dtype))
-        micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
-        train = in_turn(open_data, run.data, "train", cfg.img_size)
-        val = in_turn(open_data, run.data, "val", cfg.img_size, train.classes)
-        check_classes(run, len(train.classes), "recipe" in given)
-        if len(train) < recipe.batch_size:
-            raise ValueError(f"--data {run.data} has {len(train)} training pictures, less than one --batch-size "
-                             f"{recipe.batch_size}: make it smaller")
-        if checkpoint:
-            check_same(checkpoint, run, train)
-        per_epoch = len(train) // recipe.batch_size
-        cfg = replace(cfg, num_classes=len(train.classes))
-        torch.manual_seed(seed_of("weights", run.seed))
-        model, notes = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device), []
-        if run.init_from and not checkpoint:
-            notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
-        optimizer = make_optimizer(model, recipe)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        if checkpoint:
-            load_moments(optimizer, checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        changes = "".join(f" {flag(*change)}" for change in overrides(cfg, run.size, run.step).items())
-        name = f"{run.size}-{run.step}{changes.replace(' --', '-').replace(' ', '-')}-{Path(run.data).name}"
-        folder = path.parent if path else on_first(make_folder, machine.out, name, "resume" in given)
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
-
-    if machine.recompute:
-        recompute_blocks(model)
-    if machine.compile:
-        model.compile()
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model)
-        net.broadcast_buffers = False    # masks and tables follow from the configuration; the argument's name is changing
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    progress = Progress(recipe, per_epoch, rank)
-    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs, state.iteration)
-    transform = partial(train_transform, size=cfg.img_size, augment=recipe.augment)
-    batches = micro_batches(iter(loader(Images(train, transform, run.seed), sampler, machine.workers, device)), recipe,
-                            cfg.num_classes, run.seed, state.iteration, accumulate, rank, device, progress)
-    val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
-                         EvalSampler(len(val), micro_batch, rank, world), machine.workers, device)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    total = recipe.epochs * per_epoch
-    soft = cfg.mask.startswith("soft")
-    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
-                    train_images=len(train), ranks=world)
-
-    say(f"model   {run.size}, step {run.step}{changes}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} pixels "
-        f"in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
-    say(f"data    {run.data}: {len(train):,} pictures to train, {len(val):,} to test, {len(train.classes)} classes")
-    flags = "".join(f" {flag(name, value)}" for name, value in asdict(recipe).items()
-                    if value != getattr(RECIPES[run.recipe], name))
-    say(f"batch   {recipe.batch_size} = {plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} "
-        f"x {plural(micro_batch, 'image')}; recipe {run.recipe}{flags}: {plural(recipe.epochs, 'epoch')} "
-        f"of {plural(per_epoch, 'iteration')}")
-    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    extras = [word for word, on in (("compiled", machine.compile), ("blocks recomputed", machine.recompute)) if on]
-    say(f"device  {device.type}{threads}, {', '.join([run.dtype, *extras])}")
-    if run.init_from and not checkpoint:
-        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
-    if path:
-        say(f"resume  {path} at iteration {state.iteration:,} of {total:,}{', finished' * (state.epoch == recipe.epochs)}")
-    else:
-        say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
-    if checkpoint and checkpoint["ranks"] != world:
-        say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
-
-    rows = []
-    if rank == 0:
-        for name in FILES:                               # of a process that was killed while it wrote
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
-        if path and path.name == "prev.pt" and given["resume"] != str(path):
-            os.replace(path, folder / "last.pt")         # or the next save would put a damaged last.pt in its place
-        with explain():
-            write(folder / "config.json", json.dumps(settings, indent=1).encode())
-        with suppress(FileNotFoundError):
-            rows = (folder / "metrics.jsonl").read_text().splitlines()[: state.epoch]
-
-    def save_run(improved=False):
-        if rank == 0:
-            with explain():
-                save(settings, state, model, optimizer, scaler, folder, improved)
-
-    def end_early():
-        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
-        if world > 1:
-            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
-        sys.exit(PREEMPTED)
-
-    for epoch in range(state.epoch, recipe.epochs):
-        model.train()
-        progress.start(epoch, state.iteration)
-        while state.iteration < (epoch + 1) * per_epoch:
-            lr = lr_at(state.iteration, recipe, per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if soft and state.alpha != (alpha := soft_mask_at(state.iteration, recipe, per_epoch)):
-                model.set_soft_mask(alpha)
-                state.alpha = alpha
-            torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
-            loss_sum, faults = torch.zeros((), device=device), 0
-            for micro in range(accumulate):
-                images, labels, unreadable = next(batches)
-                net.require_backward_grad_sync = micro == accumulate - 1         # gradients are averaged over ranks once
-                with autocast:
-                    loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
-                scaler.scale(loss / accumulate).backward()
-                loss_sum += loss.detach()
-                faults += unreadable
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            losses, norms, unreadable, stops = exchange(loss_sum, norm, faults, len(stop), device=device)
-            state.unreadable += int(sum(unreadable))
-            with explain():
-                check_health(losses, norms, state, train, folder, scaler)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            state.loss_sum += sum(losses)
-            state.iteration += 1
-
-            progress.update(state.iteration, fmean(losses) / accumulate, lr, state.alpha)
-            if any(stops):
-                progress.end()
-                save_run()
-                end_early()
-            if machine.save_every and state.iteration % machine.save_every == 0:
-                save_run()
-        rate, waiting = progress.end()
-
-        save_run()                                       # before the evaluation, which may fail
-        with explain():
-            result = evaluate(model, val_batches, device, dtype, stop)
-        if result is None:
-            end_early()
-        span = range(epoch * per_epoch, state.iteration)
-        row = dict(
-            step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=epoch,
-            train_loss=state.loss_sum / (per_epoch * accumulate * world),
-            train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
-            train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if soft else None,
-            **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
-            unreadable=state.unreadable, time_s=time.perf_counter() - started, time_images_per_s=rate, time_waiting=waiting)
-        say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
-            f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  "
-            f"{rate:,.0f} images/s  {row['time_s']:,.0f} s")
-        final = not soft or state.alpha == soft_mask_at(total - 1, recipe, per_epoch)
-        improved = final and row["test_acc1"] > state.best_acc1                  # under different masks they do not compare
-        state = replace(state, epoch=epoch + 1, loss_sum=0.0, unreadable=0,
-                        best_acc1=row["test_acc1"] if improved else state.best_acc1)
-        rows.append(json.dumps(row))
-        if rank == 0:
-            with explain():
-                write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
-        save_run(improved)
-
-    say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
-        f"python eval.py {folder / 'best.pt'} --data {run.data}")
-    leave()
+                raise ValueError(f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank {rank}: give all "
+                                 "nodes the same flags, and a folder for --out and --resume that they share")
 
 
 if __name__ == "__main__":

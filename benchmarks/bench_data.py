@@ -1,10 +1,10 @@
-"""How many training pictures a second one core prepares, from the file to the batch, beside timm 0.5.4.
+"""How many training images a second one core prepares, from the file to the batch, beside timm 0.5.4.
 
     pip install --no-deps timm==0.5.4
-    python benchmarks/bench_data.py PATH --out out/bench_data.jsonl    # PATH/train or PATH/val with photos
+    python -m benchmarks.bench_data PATH --out out/bench_data.jsonl    # PATH/train or PATH/val with photos
 
 Both read the same photos with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
-pipeline normalises and erases each picture, ours leaves that to the device, a batch at a time.
+pipeline normalises and erases each image, ours leaves that to the device, a batch at a time.
 """
 import argparse
 import statistics
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from bench_model import peer, report  # which also puts the project's root on the path
+from benchmarks.bench_model import peer, report
 from data import MEAN, STD, Images, open_folder, train_transform
 
 
@@ -33,7 +33,7 @@ def timm_transform():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", help="folder with train/ or val/ of class folders")
-    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", help="append the rows to this file as well")
     args = parser.parse_args()
@@ -42,7 +42,7 @@ def main():
     split = "train" if Path(args.path, "train").is_dir() else "val"
     theirs = datasets.ImageFolder(Path(args.path, split), transform=timm_transform())
     ours = Images(open_folder(Path(args.path), split, None), partial(train_transform, size=224, augment=True))
-    indices = range(0, len(theirs), max(1, len(theirs) // args.pictures))
+    indices = range(0, len(theirs), max(1, len(theirs) // args.images))
     contenders = {"timm 0.5.4": lambda index: theirs[index], "ours": lambda index: ours[0, index]}
     seconds = {name: [] for name in contenders}
     for repeat in range(args.repeats + 1):

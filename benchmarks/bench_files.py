@@ -1,7 +1,7 @@
 """Does the private memory of data-loading workers grow with the number of files? torchvision's ImageFolder beside ours.
 
-    python benchmarks/bench_files.py --minutes 2.33 --out out/bench_files.jsonl        # Linux, 5 minutes
-    python benchmarks/bench_files.py --files 100000 --minutes 0.5 --every 15 --out out/bench_files.jsonl
+    python -m benchmarks.bench_files --minutes 2.33 --out out/bench_files.jsonl        # Linux, 5 minutes
+    python -m benchmarks.bench_files --files 100000 --minutes 0.5 --every 15 --out out/bench_files.jsonl
 
 The files are hard links to small JPEGs in a temporary folder with ImageNet's layout. Workers are forks: they share the
 main process's memory until one of them writes to it, and reading a Python object writes its reference count.
@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from bench_model import report  # which also puts the project's root on the path
-from soak import children, look_at
+from benchmarks.bench_model import report
+from benchmarks.soak import children, look_at
 from data import Images, TrainSampler, eval_transform, loader, open_folder, read_image
 
 CONTENDERS = {  # how each opens a folder with train/

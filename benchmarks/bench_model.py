@@ -1,13 +1,13 @@
-"""How fast a training step and inference are, and what they keep in memory, beside models that people would use otherwise.
+"""How fast a training step and inference are, and how much memory they take, beside models of others.
 
     pip install --no-deps timm==0.5.4
-    python benchmarks/bench_model.py --out out/training.jsonl
-    torchrun --nproc_per_node=2 benchmarks/bench_model.py ...              # gradients averaged over the ranks
+    python -m benchmarks.bench_model --out out/training.jsonl
+    torchrun --nproc_per_node=2 -m benchmarks.bench_model ...              # gradients averaged over the ranks
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
-is the median of the turns. `peak` is the share of the speed of plain matrix products, measured between them: 2
+is the median of the turns. `peak` is the fraction of the peak matmul throughput, measured between them: 2
 (inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
-`saved_mb` is what the forward pass keeps for the backward pass, `peak_mb` the most that a step holds at once over
+`saved_mb` is the activation memory (saved for backward), `peak_mb` the most that a step holds at once over
 weights and images, both in 10^6 bytes.
 """
 import argparse
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import multiply_accumulates, setup  # noqa: E402
-from model import VisionTransformer, config  # noqa: E402
-from train import recompute_blocks  # noqa: E402
+from eval import setup
+from experiments.properties import multiply_accumulates
+from model import VisionTransformer, config
+from train import recompute_blocks
 
 
 def peer(module):

@@ -1,7 +1,7 @@
 """Does the memory of a long run stay flat? Two ranks with four workers each, looked at twice a minute (Linux).
 
-    python benchmarks/soak.py --out out/soak-shapes.jsonl --size nano --depth 4
-    python benchmarks/soak.py --out out/soak-photos.jsonl --size nano --depth 4 --data PATH --recipe small-data ...
+    python -m benchmarks.soak --out out/soak-shapes.jsonl --size nano --depth 4
+    python -m benchmarks.soak --out out/soak-photos.jsonl --size nano --depth 4 --data PATH --recipe small-data ...
 
 What it does not know goes to train.py. A row: the minute, and of each process the memory that it shares with none, in
 10^6 bytes, and its open files, the two ranks first, then their workers in the order in which they started.
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_model import report
+from benchmarks.bench_model import report
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""What several test files need: a small folder of pictures, and a run on it."""
+"""What several test files need: a small folder of images, and a run on it."""
 import json
 import os
 import random
@@ -7,29 +7,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train
+from data import eval_transform, normalize, open_data
+from model import build
 
 ROOT = Path(__file__).parents[1]
-# A model and a run of seconds: two blocks, 16 pixels, 24 pictures in 3 iterations.
+# A model and a run of seconds: two blocks, 16 pixels, 24 images in 3 iterations.
 SMALL = "--size nano --depth 2 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """train/ and val/ with three classes: 24 and 11 pictures of odd sizes, noise with a hint of the class's colour."""
+    """train/ and val/ with three classes: 24 and 11 images of odd sizes, noise with a hint of the class's colour."""
     root = tmp_path_factory.mktemp("photos")
     for split, count in (("train", 24), ("val", 11)):
         for i in range(count):
             rng, label = random.Random(f"{split} {i}"), i % 3
             size = rng.randint(17, 40), rng.randint(17, 40)
-            picture = Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
-            picture.putalpha(225)
+            image = Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
+            image.putalpha(225)
             sheet = Image.new("RGB", size, [(190, 90, 90), (90, 190, 90), (90, 90, 190)][label])
-            sheet.paste(picture, (0, 0), picture)
+            sheet.paste(image, (0, 0), image)
             folder = root / split / ["cat", "dog", "owl"][label]
             folder.mkdir(parents=True, exist_ok=True)
             sheet.save(folder / f"{i:02}.png")
@@ -100,3 +103,17 @@ def equal(one, other):
     if isinstance(one, list):
         return len(one) == len(other) and all(map(equal, one, other))
     return one == other
+
+
+def by_hand(photos, checkpoint, alpha=None):
+    """Logits and labels of all images, one at a time."""
+    model = build(torch.load(checkpoint, weights_only=True)).eval()
+    if alpha is not None:
+        model.set_soft_mask(alpha)
+    logits, labels = [], []
+    for image, label in open_data(str(photos), "val", 16):
+        pixels = torch.from_numpy(np.array(eval_transform(image.convert("RGB"), None, 16))).permute(2, 0, 1)
+        with torch.no_grad():
+            logits.append(model(normalize(pixels[None])))
+        labels.append(label)
+    return torch.cat(logits), torch.tensor(labels)

@@ -23,7 +23,7 @@ SAVING = ["--drop-path", "0.5", "--save-every", "2"]      # randomness in the mo
 
 
 def run(photos, out, *flags):
-    """Train in this process: 6 iterations, 3 an epoch, 8 pictures each."""
+    """Train in this process: 6 iterations, 3 an epoch, 8 images each."""
     train.main(["--data", str(photos), "--out", str(out), *SMALL, *SAVING, *map(str, flags)])
 
 
@@ -137,7 +137,7 @@ def test_mixing_erasing_and_accumulation_resume_exactly(flags, photos, monkeypat
     assert same(tmp_path / "run", tmp_path / "alone")
 
 
-def test_after_a_resume_an_epoch_goes_on_with_the_pictures_that_it_has_not_seen(photos, monkeypatch, tmp_path):
+def test_after_a_resume_an_epoch_goes_on_with_the_images_that_it_has_not_seen(photos, monkeypatch, tmp_path):
     taken, load_one = [], Images.__getitem__
     monkeypatch.setattr(Images, "__getitem__", lambda images, key: taken.append(key) or load_one(images, key))
     with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -291,7 +291,7 @@ eval.stop_on_signals()
 sys.setprofile(again)
 signal.raise_signal(signal.SIGTERM)
 sys.setprofile(None)
-sys.exit(0 if eval.stop.count(signal.SIGINT) > 3 else 1)
+sys.exit(0 if eval.stop.count(signal.SIGINT) >= 3 else 1)
 """)
     program = subprocess.run([sys.executable, tmp_path / "program.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert program.returncode == 0
@@ -485,24 +485,24 @@ def test_a_folder_that_cannot_be_made_is_refused(photos, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def spoiled(photos, root, names):
     shutil.copytree(photos, root)
-    for name, content in zip(names, (b"", b"no picture", (root / names[0]).read_bytes()[:60])):
+    for name, content in zip(names, (b"", b"no image", (root / names[0]).read_bytes()[:60])):
         (root / name).write_bytes(content)
     return root
 
 
-def test_unreadable_training_pictures_are_warned_of_once_and_counted(photos, monkeypatch, tmp_path, capsys):
+def test_unreadable_training_images_are_warned_of_once_and_counted(photos, monkeypatch, tmp_path, capsys):
     names = ["train/cat/00.png", "train/cat/03.png", "train/owl/05.png"]
     data = spoiled(photos, tmp_path / "photos", names)
     run(data, tmp_path / "alone")
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and all(line.startswith("warning: ") for line in warnings)
     for name in names:
-        assert sum(f"{data}/{name} cannot be read as a picture" in line for line in warnings) == 1
+        assert sum(f"{data}/{name} cannot be read as an image" in line for line in warnings) == 1
     assert [row["unreadable"] for row in metrics(tmp_path / "alone")] == [3, 3]
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_in(patch, torch.optim.AdamW, "step", 3)
@@ -511,25 +511,25 @@ def test_unreadable_training_pictures_are_warned_of_once_and_counted(photos, mon
     assert same(tmp_path / "run", tmp_path / "alone")
 
 
-def test_a_run_stops_when_too_many_pictures_are_unreadable(photos, tmp_path, capsys):
+def test_a_run_stops_when_too_many_images_are_unreadable(photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     for path in (tmp_path / "photos" / "train").glob("*/*.png"):
         path.write_bytes(b"")
     with pytest.raises(SystemExit) as end:
         run(tmp_path / "photos", tmp_path / "run", "--workers", 1)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and last == ("error: more than 10 of 24 training pictures cannot be read: see the "
+    assert end.value.code == 2 and last == ("error: more than 10 of 24 training images cannot be read: see the "
                                             "warnings, and replace or remove them")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_unreadable_picture_in_val_is_an_error_that_names_it(workers, photos, tmp_path, capsys):
+def test_one_unreadable_image_in_val_is_an_error_that_names_it(workers, photos, tmp_path, capsys):
     data = spoiled(photos, tmp_path / "photos", ["val/dog/01.png"])
     with pytest.raises(SystemExit) as end:
         run(data, tmp_path / "run", "--workers", workers)
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert re.fullmatch("error: .*dog/01.png cannot be read as a picture .*: replace or remove it\n", said)
+    assert re.fullmatch("error: .*dog/01.png cannot be read as an image .*: replace or remove it\n", said)
     assert load(tmp_path / "run" / "last.pt")["iteration"] == 3              # the epoch is not lost
     shutil.copy(photos / "val" / "dog" / "01.png", data / "val" / "dog")
     run(data, tmp_path / "run", "--resume")
@@ -538,7 +538,7 @@ def test_one_unreadable_picture_in_val_is_an_error_that_names_it(workers, photos
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2), (1, 20_000), (20_000, 1)])
-def test_pictures_of_any_shape_become_squares(size, tmp_path):
+def test_images_of_any_shape_become_squares(size, tmp_path):
     Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "a.png")
     source = [(Image.open(tmp_path / "a.png"), 0)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,70 +1,85 @@
-"""What the README says is what the code and the results are."""
+"""What the README and the pages in docs/ say is what the code and the results are."""
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import train
-from conftest import SMALL
+from conftest import ROOT, SMALL
+from experiments import report
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
+COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
 
 
 def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
-    report = runpy.run_path(str(ROOT / "results" / "report.py"))
-    assert report["written"](README) == README, "run: python results/report.py"
+    for page, text in PAGES.items():
+        assert report.written(text) == text, f"{page}: run python -m experiments.report"
+    marks = re.findall(r"^<!-- (?!end)(\w+) -->$", "\n".join(PAGES.values()), re.M)
+    assert sorted(marks) == sorted(report.PARTS)                             # each once
 
 
-def test_links_lead_to_files_that_exist():
-    links = re.findall(r"(?:\]\(|src=\")([\w./-]+)", README)
-    assert len(links) > 10 and all((ROOT / link).exists() for link in links if not link.startswith("http"))
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_exist(page):
+    links = re.findall(r"(?:\]\(|src=\"|srcset=\")([\w./-]+)", PAGES[page])
+    assert "README" not in page or len(links) > 20
+    assert all(((ROOT / page).parent / link).exists() for link in links if not link.startswith("http"))
 
 
-@pytest.mark.parametrize("command", re.findall(r"^[^`]*(?:python|torchrun).* train.py(.*?)(?:#.*)?$", README, re.M))
+def test_there_is_a_figure_for_dark_mode_for_each_for_light_mode_and_no_other():
+    shown = re.findall(r"assets/([\w-]+\.png)", "\n".join(PAGES.values()))
+    light = {name for name in shown if not name.endswith("-dark.png")}
+    assert set(shown) == light | {name.replace(".png", "-dark.png") for name in light}
+    assert set(shown) == {path.name for path in (ROOT / "assets").iterdir()}
+
+
+def test_the_readme_is_short_and_its_code_fits_the_page():
+    assert len(PAGES["README.md"].splitlines()) <= 240
+    for text in PAGES.values():
+        for block in re.findall(r"^```\w+\n(.*?)^```", text, re.S | re.M):
+            if "train.py --data cifar10 --size" not in block:                # commands that are made from a table
+                assert max(map(len, block.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("command", re.findall(r"^[^`\n]*(?:python|torchrun)[^\n]* train.py(.*?)(?:#.*)?$", COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse_flags(shlex.split(command))
 
 
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^[^`\n]*(?:python|torchrun)[^`\n]* ((?:\w+/)?\w+\.py)(.*?)(?:#.*)?$", README, re.M)
-    commands = [(file, flags) for file, flags in commands if file not in ("train.py", "benchmarks/soak.py")]   # which train
-    assert {file for file, _ in commands} > {"eval.py", "data.py", "results/ladder.py", "benchmarks/bench_model.py"}
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|data\.py|(?:experiments|benchmarks)\.\w+)(.*?)(?:#.*)?$",
+                          COMMANDS, re.M)
+    assert {file for file, _ in commands} == {"eval.py", "data.py", *(f"experiments.{name}" for name in (
+        "ladder", "properties", "compare", "figures", "report")), *(f"benchmarks.{name}" for name in (
+            "bench_model", "bench_data", "bench_files", "soak"))}
     for file, flags in commands:
-        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
-            assert f'"{flag}"' in (ROOT / file).read_text(), f"{file} {flag}"
-
-
-def blocks(*words):
-    """The shell commands of README's blocks that hold all the words, in their order."""
-    return [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if all(word in block for word in words)]
+        source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
+        source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares
+        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags) if "soak" not in file else ():        # which train.py takes
+            assert f'"{flag}"' in source, f"{file} {flag}"
 
 
 @pytest.mark.slow
 def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_path):
-    """The loops over runs, cut to their first turn; the ladder itself is played by runs of seconds."""
+    """With two rungs and one seed, played by runs of seconds."""
     for rung, step in (("vit-0", "vit"), ("soft_mask-0", "soft_mask")):
         train.main(["--data", str(photos), "--step", step, "--out", str(tmp_path / "out" / "ladder-3" / rung), *SMALL])
     shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / "cue")
-    commands = [block for block in blocks("out/ladder-3/", "eval.py") + blocks("out/cue/", "eval.py")]
-    script = "\n".join(command for block in commands for command in block.splitlines() if "ladder.py" not in command)
-    script = re.sub(r"for (\w+) in (\S+) [^;]*;", r"for \1 in \2;", script)
-    script = re.sub(r"python (\w+\.py)", rf"{sys.executable} {ROOT}/\1", script)
-    script = script.replace("--shape-bias shapes-cue", f"--shape-bias {photos.parent / 'cue'}")
+    commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
+    script = "\n".join(commands).replace("{0,1,2}", "0").replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
+    script = script.replace("python -m", f"{sys.executable} -m").replace("shape_bias", f"shape_bias --cue {tmp_path / 'images'}")
     for name in ("cat1-dog1", "dog1-owl1"):
-        folder = photos.parent / "cue" / name[:3]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(photos / "val" / "cat" / "00.png", folder / f"{name}.png")
-    ended = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        (tmp_path / "images" / name[:3]).mkdir(parents=True)
+        shutil.copy(photos / "val" / "cat" / "00.png", tmp_path / "images" / name[:3] / f"{name}.png")
+    ended = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT), PATH="/usr/bin:/bin"),
+                           capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} > {"collapse.jsonl", "properties.jsonl", "shape-bias.jsonl"}
-    assert (tmp_path / "conflict.png").is_file()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "ladder-3", "cue", "collapse.jsonl", "properties.jsonl", "shape-bias.jsonl", "attention.png"}
 
 
-def test_nothing_that_a_reader_runs_writes_to_the_rows_of_this_page():
-    assert not re.search(r"(--out|--table|>>) (results|assets)/", README)
+def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():
+    assert not re.search(r"(--out|--out-rows|--draw|--plot|>>) (results|assets)/", COMMANDS)

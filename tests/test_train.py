@@ -148,7 +148,7 @@ def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("model   nano, step soft_mask --depth 2: 551,811 parameters, 16 x 16 pixels in patches of 8, 5 tokens, "
                         "mask soft")
-    assert lines[1] == f"data    {photos}: 24 pictures to train, 11 to test, 3 classes"
+    assert lines[1] == f"data    {photos}: 24 images to train, 11 to test, 3 classes"
     assert lines[2] == ("batch   8 = 1 rank x 2 micro-batches x 4 images; recipe small-data --img-size 16 --epochs 2 "
                         "--batch-size 8 --micro-batch 4: 2 epochs of 3 iterations")
     assert re.match(r"device  cpu with \d+ threads?, float32$", lines[3])
@@ -327,7 +327,7 @@ def steps(monkeypatch):
         return step(optimizer, *args)
 
     def spy_embed(model, images):
-        alphas.append(model.gate[0, -1].item())
+        alphas.append(model.attn_scale[0, -1].item())
         return embed(model, images)
     alphas = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
@@ -424,7 +424,7 @@ def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
 
 def test_weights_of_another_architecture_are_refused(photos, finished, tmp_path, capsys):
     flags = ["--data", photos, "--out", tmp_path / "run", *SMALL, "--init-from", finished / "best.pt"]
-    assert "blocks.0.mlp.fc1.bias is missing" in refused(train, [*flags, "--no-swiglu"], capsys)
+    assert 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"' in refused(train, [*flags, "--no-swiglu"], capsys)
     assert "no checkpoint at nowhere.pt" in refused(train, [*flags, "--init-from", "nowhere.pt"], capsys)
     assert not (tmp_path / "run").exists()
 
@@ -608,7 +608,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
     (["--batch-size", "6", "--micro-batch", "3", "--mixup", "0.1"], "--micro-batch 3 is odd, but mixup and cutmix pair"),
     (["--erasing", "1.5"], "--erasing is 1.5; it is a probability, at most 1"),
-    (["--batch-size", "32"], "has 24 training pictures, less than one --batch-size 32: make it smaller"),
+    (["--batch-size", "32"], "has 24 training images, less than one --batch-size 32: make it smaller"),
     (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
 ])
 def test_bad_flags_are_refused(flags, said, photos, tmp_path, capsys):
@@ -629,21 +629,6 @@ def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys
     said = refused(train, ["--data", photos, "--out", finished, *SMALL], capsys)
     assert f"--out {finished} holds another run: give another folder, or add --resume to go on with it" in said
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
-
-
-@pytest.mark.parametrize("count, flags, said", [
-    (999, [], "train has 999 class folders, nearly ImageNet's 1,000: complete them, or choose a --recipe"),
-    (1001, ["--recipe", "tiny"], "--recipe tiny is for ImageNet's 1,000 classes, but "),
-    (999, ["--recipe", "basic"], "train has 999 class folders: complete them, give --init-from to fine-tune"),
-])
-def test_a_folder_that_is_nearly_imagenet_is_refused(count, flags, said, tmp_path, capsys):
-    for i in range(count):
-        folder = tmp_path / "data" / "train" / f"n{i:08}"
-        folder.mkdir(parents=True)
-        (folder / "a.png").touch()
-    (tmp_path / "data" / "val").symlink_to(tmp_path / "data" / "train")
-    flags = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--batch-size", 8, *flags]
-    assert said in refused(train, flags, capsys)
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -691,7 +676,7 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, said", [
     (dict(classes=["cat", "dog", "fox"]), "has the classes cat, dog, owl, but the run to resume had cat, dog, fox"),
-    (dict(train_images=25), "has 24 training pictures, but the run to resume had 25"),
+    (dict(train_images=25), "has 24 training images, but the run to resume had 25"),
     (dict(model={}), "the weights do not fit the model: "),
     (dict(model=torch.zeros(1)), "last.pt: model is 'tensor([0.])', which is not of the kind dict: use another file"),
 ])

@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,19 +11,20 @@ import pytest
 
 import train
 from conftest import ROOT, SMALL
+from experiments import report
 
 
 def ladder(tmp_path, data, seeds, epochs=2, wait=True):
-    """results/ladder.py with runs of seconds."""
+    """The ladder with runs of seconds."""
     program = f"""
-import runpy, sys
+import sys
+from experiments import ladder
 sys.argv = ["ladder.py", "--data", {str(data)!r}, "--rungs", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
             "--epochs", "{epochs}", "--out", {str(tmp_path / "runs")!r}]
-main = runpy.run_path({str(ROOT / "results" / "ladder.py")!r})["main"]
-main.__globals__["FLAGS"] = {" ".join(SMALL)!r}
-main()
+ladder.FLAGS = {" ".join(SMALL)!r}
+ladder.main()
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return process.communicate(timeout=100)[0] if wait else process
 
 
@@ -76,48 +76,42 @@ def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
 # The report
 
 
-@pytest.fixture(scope="module")
-def report():
-    return runpy.run_path(str(ROOT / "results" / "report.py"))
-
-
 @pytest.mark.parametrize("degrees, share, expected", [          # from tables of Student's t
     (10, 0.95, 2.2281), (22, 0.95, 2.0739), (60, 0.95, 2.0003), (18, 0.99, 2.8784), (20, 1 - 0.05 / 11, 3.1966)])
-def test_quantiles_are_those_of_students_t(degrees, share, expected, report):
-    assert report["quantile_of_t"](degrees, share) == pytest.approx(expected, abs=5e-3)
+def test_quantiles_are_those_of_students_t(degrees, share, expected):
+    assert report.quantile_of_t(degrees, share) == pytest.approx(expected, abs=5e-3)
 
 
-def test_noise_is_what_neither_rung_nor_seed_explains(report):
+def test_noise_is_what_neither_rung_nor_seed_explains():
     seeds, noise = [0, 3, -1], [[0.1, -0.2, 0.1], [-0.1, 0.2, -0.1]]         # rows and columns sum to 0
     found = {rung: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, rung in enumerate(("vit", "swiglu"))}
     squares, degrees = 0.12, 2
-    error, freedom = report["standard_error"](found | {"causal": [10, 10, 10]})
+    error, freedom = report.standard_error(found | {"causal": [10, 10, 10]})
     assert error == pytest.approx((squares / degrees * 2 / 3) ** 0.5) and freedom == degrees
 
 
-def test_many_comparisons_are_corrected_for_from_the_largest_down(report):
+def test_many_comparisons_are_corrected_for_from_the_largest_down():
     def significant(*changes):
-        return report["significant"](dict(enumerate(changes)), 1.0, 10)
-    bounds = [report["quantile_of_t"](10, 1 - 0.05 / left) for left in (3, 2, 1)]
+        return report.significant(dict(enumerate(changes)), 1.0, 10)
+    bounds = [report.quantile_of_t(10, 1 - 0.05 / left) for left in (3, 2, 1)]
     assert significant(-bounds[0] - 0.01, bounds[1] + 0.01, bounds[2] + 0.01) == {0, 1, 2}
     assert significant(bounds[0] - 0.01, bounds[1] + 0.01, 0) == set()       # the largest fails, so all do
     assert significant(9, bounds[1] - 0.01, bounds[2] + 0.01) == {0} and significant(bounds[2] + 0.01) == {0}
 
 
-def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(report, monkeypatch):
+def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(monkeypatch):
     def row(rung, seed, accuracy, epoch=2):
         return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1]
-    means = dict.fromkeys(report["RUNGS"], 55) | dict(vit=50, causal=10, modified=55.1)
+    means = dict.fromkeys(report.RUNGS, 55) | dict(vit=50, causal=10, modified=55.1)
     table = [row(rung, seed, mean + seed + wobble[i] * (1 - 2 * seed))
              for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
     shorter = [row(rung, seed, 30, epoch=1) for rung in means for seed in (0, 1, 2)]
     table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one rung
-    monkeypatch.setitem(report["steps_table"].__globals__, "rows", lambda name: table)
-    lines = {line.split(" | ")[0]: line for line in report["steps_table"]().splitlines()}
-    assert "| a vision transformer | 50.5 ± 0.6 |" in lines["| `vit`"]
-    assert "| `vit` | +5.0 | yes | 74.3 |" in lines["| `swiglu`"]
-    assert "| `swiglu` | +0.0 | no | 74.5 |" in lines["| `rmsnorm`"]
-    assert "| `rmsnorm` | +0.1 | no |" in lines["| `rmsnorm --mask modified`"]
-    assert "| `rmsnorm` | -45.0 | yes |" in lines["| `causal`"]
-    assert "corrected for the\n11 comparisons of this table by Holm's procedure" in report["steps_table"]()
+    monkeypatch.setattr(report, "rows", lambda name: table)
+    lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
+    assert "| the vision transformer | 50.5 ± 0.6 |  | 73.9 |" in lines["| `vit`"]
+    assert "| **+5.0** | 74.3 |" in lines["| `swiglu`"] and "| +0.0 | 74.5 |" in lines["| `rmsnorm`"]
+    assert "| `rmsnorm` | +0.1 |" in lines["| `rmsnorm --mask modified`"] and "| **-45.0** |" in lines["| `causal`"]
+    assert "| +0.0 ³ | 71.9 |" in lines["| `ps_cls`"]                          # not compared with the row above it
+    assert "corrected for the 11 comparisons of both\ntables by Holm's" in report.results_table()

@@ -1,10 +1,10 @@
-"""The ladder on CIFAR-10: every rung, and what stands beside it, with several seeds, each a plain run of train.py.
+"""The ladder on CIFAR-10: every rung and the side branches with several seeds, each a plain run of train.py.
 
-    python results/ladder.py               # stopped and started again, it goes on
-    python results/ladder.py --seeds 5     # two more of each: only what is missing is run
-    python results/ladder.py --epochs 10   # longer runs, in a folder of their own
+    python -m experiments.ladder               # stopped and started again, it goes on
+    python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
+    python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
 
-A finished run appends its last line of metrics to rows.jsonl in --out, the rung as its `step`, and its folder stays there.
+A finished run appends its last line of metrics to rows.jsonl in --out, the rung as its `step`, and its folder stays.
 All run on the CPU, so that their rows compare. results/ladder.jsonl holds the rows that the README shows.
 """
 import argparse
@@ -14,23 +14,49 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import open_data  # noqa: E402
-from eval import default_workers, explain, stop, stop_on_signals  # noqa: E402
-from model import STEPS  # noqa: E402
+from data import open_data
+from eval import default_workers, explain, stop, stop_on_signals
 
+ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
 FLAGS = ("--size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size 64 --lr 1e-3 "
          "--dtype bfloat16 --compile --workers 0 --device cpu")
-RUNGS = {step: f"--step {step}" for step in STEPS} | {
-    "modified": "--step rmsnorm --mask modified",                       # class token first, and it alone sees all
-    "soft_first": "--step rmsnorm --mask soft --soft-mask-epochs 0",    # class token first, alpha 0 from the start
-    "soft_constant": "--step soft_mask --soft-mask-schedule constant",  # alpha 1 for an epoch, then 0 at once
-    "soft_log": "--step soft_mask --mask soft_log",
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A row of the results: what it changes, the rung that it is compared with, and the published figure."""
+    what: str
+    against: str = ""
+    published: float | None = None   # the authors' ImageNet top-1 at size T, %
+    flags: str = ""                  # default: --step and its name
+
+
+RUNGS = {
+    "vit": Rung("the vision transformer", published=73.9),
+    "swiglu": Rung("SwiGLU instead of the GELU MLP", "vit", 74.3),
+    "rmsnorm": Rung("RMSNorm instead of LayerNorm", "swiglu", 74.5),
+    "causal": Rung("causal mask, class token first: **collapse**", "rmsnorm"),
+    "ps_cls": Rung("post-sequence class token", "rmsnorm", 71.9),
+    "rope": Rung("RoPE instead of learned positions", "ps_cls", 72.6),
+    "abs_pos": Rung("learned positions as well", "rope", 73.2),
+    "soft_mask": Rung("soft mask: **iLLaMA**", "abs_pos", 75.0),
+    # Side branches
+    "modified": Rung("class token first, and it alone attends to all", "rmsnorm",
+                     flags="--step rmsnorm --mask modified"),
+    "soft_first": Rung("class token first, `soft` at alpha 0 from the start: the **leak**", "causal",
+                       flags="--step rmsnorm --mask soft --soft-mask-epochs 0"),
+    "soft_constant": Rung("alpha 1 for an epoch, then 0 at once", "soft_mask",
+                          flags="--step soft_mask --soft-mask-schedule constant"),
+    "soft_log": Rung("a soft mask that does not leak", "soft_mask", flags="--step soft_mask --mask soft_log"),
 }
+
+
+def flags_of(rung):
+    return RUNGS[rung].flags or f"--step {rung}"
 
 
 def train(rung, seed, args):
@@ -39,7 +65,7 @@ def train(rung, seed, args):
         return None
     folder = args.out / f"{rung}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / "train.py", "--data", args.data, *FLAGS.split(), *RUNGS[rung].split(),
+    command = [sys.executable, ROOT / "train.py", "--data", args.data, *FLAGS.split(), *flags_of(rung).split(),
                "--epochs", str(args.epochs), "--seed", str(seed), "--out", folder, "--resume"]
     threads = max(1, default_workers() // args.jobs)
     with open(folder / "log.txt", "a") as log:
@@ -59,7 +85,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, with seeds from 0 on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, help="where the runs' folders and their rows go; default: out/ladder-EPOCHS")
+    parser.add_argument("--out", type=Path, help="folder of the runs and their rows; default: out/ladder-EPOCHS")
     args = parser.parse_args()
     args.out = args.out or Path("out", f"ladder-{args.epochs}")
     with explain():

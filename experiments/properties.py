@@ -1,0 +1,344 @@
+"""The properties that the paper claims of iLLaMA, measured on any checkpoint beside its accuracy.
+
+    python -m experiments.properties out/ladder-3/*-0/last.pt --measure calibration rank int8
+    python -m experiments.properties out/a --measure attention --image cat.jpg --draw out/attention.png
+    python -m experiments.properties CHECKPOINT --measure shape_bias --cue DIR     # DIR/SHAPE/shapeN-textureN.png
+    python -m experiments.properties illama-tiny-in1k-75.0 --data PATH --measure macs
+
+Each checkpoint gives one line of JSON; --out appends it to a file as well. All is computed in float32, in one process.
+To add a property, write a function of a Subject that returns a dict, and name it in PROPERTIES.
+
+[1] calibration: Guo et al., arXiv 1706.04599       [2] shape or texture: Geirhos et al., arXiv 1811.12231
+"""
+import copy
+import json
+import math
+import random
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from data import EvalSampler, Images, Shapes, eval_transform, loader, normalize, open_folder, read_image, shorten
+from eval import Parser, add_flags, describe, evaluate, explain, open_model, open_val, predict, score, setup
+from model import VisionTransformer, masks
+
+
+@dataclass
+class Subject:
+    """A trained model and the images that it is measured on."""
+    model: VisionTransformer
+    source: Dataset              # the validation split: pairs (PIL image, label), and .classes
+    device: torch.device
+    batch_size: int
+    workers: int
+    cue: str = "shapes-cue"      # cue-conflict images: shapes-cue, or a folder
+    image: str = ""              # the image to draw attention on; three of the validation split by default
+    draw: str = "attention.png"  # where that is drawn
+
+    def images(self, source=None):
+        """A data set as the model takes it, before normalize()."""
+        return Images(source or self.source, partial(eval_transform, size=self.model.cfg.img_size))
+
+    def batches(self, source=None):
+        images = self.images(source)
+        return loader(images, EvalSampler(len(images.source), self.batch_size), self.workers, self.device)
+
+    @cached_property
+    def predictions(self):
+        """(logits, labels) of each batch of the validation split."""
+        return list(predict(self.model, self.batches(), self.device))
+
+    @cached_property
+    def conflict(self):
+        """open_conflict() of the cue-conflict images, and {category: its classes} of the model."""
+        source, shapes, textures = open_conflict(self.cue, self.model.cfg.img_size)
+        known = categories(self.source.classes)
+        unknown = sorted({*shapes, *textures} - known.keys())
+        if unknown:
+            raise ValueError(f"--cue {self.cue} has the categories {shorten(unknown)}, but the model knows "
+                             f"{shorten(known)}: use a model of these, or of ImageNet's 1,000 classes")
+        return source, shapes, textures, known
+
+    @cached_property
+    def sample(self):
+        """(30, 3, H, W), uint8: images drawn at random, the same each time; all of them if there are fewer."""
+        count = len(self.source)
+        places = random.Random("sample").sample(range(count), min(30, count))
+        return torch.stack([self.images()[0, place][0] for place in places]).to(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def calibration(logits, labels, bins=15):
+    """Expected calibration error [1]: the mean over images of |accuracy - confidence| of their bin.
+
+    logits (n, classes), labels (n,). Confidence is the largest probability, from i / bins to (i + 1) / bins in bin i.
+    Returns dict(ece, reliability): ece from 0 to 1; (images, confidence, accuracy) of each bin that has any.
+    ValueError if a logit is not finite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("some logits are not finite, so they hold no confidence: use another checkpoint")
+    confidence, guess = logits.cpu().double().softmax(-1).max(-1)
+    place, hits = (confidence * bins).ceil() - 1, (guess == labels.cpu()).double()
+    inside = [place == i for i in range(bins)]
+    rows = [(int(i.sum()), confidence[i].mean().item(), hits[i].mean().item()) for i in inside if i.any()]
+    ece = sum(n * abs(accuracy - confidence) for n, confidence, accuracy in rows) / len(labels)
+    return dict(ece=ece, reliability=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def singular_values_for(fraction, maps):
+    """How many singular values, largest first and not squared, reach a fraction of their sum: (..., N, N) -> (...)."""
+    values = torch.linalg.svdvals(maps.cpu().double())                                       # ..., N
+    return (values.cumsum(-1) / values.sum(-1, keepdim=True) < fraction).sum(-1) + 1
+
+
+@torch.no_grad()
+def attention_rank(model, images):
+    """How many singular values of each attention map reach 80 and 90 % of their sum.
+
+    images (B, 3, H, W). As in the published analysis, a head's maps are averaged over the images before they are
+    decomposed. Returns dict(rank_80, rank_90), depth x heads each.
+    """
+    mean = sum(model.attention_maps(image[None])[:, 0] for image in images) / len(images)    # depth, heads, N, N
+    return dict(rank_80=singular_values_for(0.8, mean).tolist(), rank_90=singular_values_for(0.9, mean).tolist())
+
+
+@torch.no_grad()
+def class_token_attention(model, images):
+    """What the class token attends to among the patches, mean over heads: uint8 (B, 3, H, W) -> (depth, B, P)."""
+    maps = model.attention_maps(normalize(images)).mean(2)[:, :, model.cls].squeeze(2)       # depth, B, N
+    return maps[..., :-1] if model.cfg.cls_last else maps[..., 1:]
+
+
+def draw_attention(model, images, cell=128):
+    """A row for each image: the image, then for each block its patches, as bright as the class token's attention to
+    them, relative to the largest; below it the percentage of all attention that goes to patches.
+
+    images (B, 3, H, W), uint8, on the model's device. Returns a PIL image.
+    """
+    B, side = len(images), model.cfg.img_size // model.cfg.patch_size
+    patches = class_token_attention(model, images).cpu()                                     # depth, B, P
+    light = patches / patches.amax(-1, keepdim=True).clamp(min=1e-12)
+    light = F.interpolate(light.unflatten(-1, (side, side)), (cell, cell), mode="nearest")   # depth, B, cell, cell
+    pixels = TF.resize(images.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()     # B, 3, cell, cell
+    cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels])              # 1 + depth, B, 3, ...
+    sheet = Image.new("RGB", ((cell + 2) * len(cells), (cell + 16) * B), "white")
+    for column, images in enumerate(cells):
+        for row, image in enumerate(images):
+            text = f"block {column}: {100 * patches[column - 1, row].sum():.0f} %" if column else "image"
+            x, y = column * (cell + 2), row * (cell + 16)
+            sheet.paste(TF.to_pil_image(image.byte()), (x, y))
+            ImageDraw.Draw(sheet).text((x + 2, y + cell + 1), text, fill="black")
+    return sheet
+
+
+@torch.no_grad()
+def attention(subject):
+    model, images = subject.model, subject.sample[:3]
+    if subject.image:
+        images = subject.images([(read_image(subject.image), 0)])[0, 0][0][None].to(subject.device)
+    draw_attention(model, images).save(subject.draw)
+    variance = model(normalize(subject.sample)).var(0).mean().item()
+    to_patches = class_token_attention(model, subject.sample).sum(-1).mean(1).tolist()
+    return dict(logit_variance=variance, attention_to_patches=to_patches, attention=str(subject.draw))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shape or texture
+
+
+def to_categories(logits, known):
+    """The most likely category of each image: the highest mean probability over a category's classes [2].
+
+    logits (n, classes), known {category: its classes} -> n categories.
+    """
+    probabilities = logits.softmax(-1)
+    means = torch.stack([probabilities[:, classes].mean(-1) for classes in known.values()])
+    return [list(known)[best] for best in means.argmax(0).tolist()]
+
+
+def shape_bias(decisions, shapes, textures):
+    """The fraction of shape among the decisions that were for an image's shape or for its texture [2].
+
+    Three lists of category names. Images whose shape and texture agree do not count. nan if no decision counts.
+    """
+    by_shape = sum(d == s != t for d, s, t in zip(decisions, shapes, textures, strict=True))
+    by_texture = sum(d == t != s for d, s, t in zip(decisions, shapes, textures))
+    return by_shape / (by_shape + by_texture) if by_shape + by_texture else math.nan
+
+
+CATEGORIES = {  # the 16 of [2] in ImageNet's classes, first-last of several
+    "airplane": "404", "bear": "294-297", "bicycle": "444 671",
+    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
+    "boat": "472 554 625 814 914", "bottle": "440 720 737 898-899 901 907", "car": "436 511 817", "cat": "281-286",
+    "chair": "423 559 765 857", "clock": "409 530 892",
+    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
+    "elephant": "385-386", "keyboard": "508 878", "knife": "499", "oven": "766",
+    "truck": "555 569 656 675 717 734 864 867",
+}
+
+
+def categories(classes):
+    """{category: its places among a model's classes}: of 1,000 those above, else each class is its own."""
+    if len(classes) != 1000:
+        return {name: [label] for label, name in enumerate(classes)}
+    spans = {name: [span.split("-") for span in spans.split()] for name, spans in CATEGORIES.items()}
+    return {name: [label for span in spans[name] for label in range(int(span[0]), int(span[-1]) + 1)] for name in spans}
+
+
+def open_conflict(data, img_size):
+    """(data set, shapes, textures): what each image's shape and texture show, two lists of category names.
+
+    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. ValueError if it is
+    neither.
+    """
+    if data == "shapes-cue":
+        source = Shapes("conflict", img_size, cue=True)
+        pairs = [source.shape_and_texture(index, source.rng(index)) for index in range(len(source))]
+        return source, *([source.classes[label] for label in labels] for labels in zip(*pairs))
+    if not Path(data).is_dir():
+        raise ValueError(f"--cue {data} is neither shapes-cue nor a folder: give one with images "
+                         "SHAPE/shapeN-textureN.png")
+    source = open_folder(Path(data).parent, Path(data).name, None)
+    names = []
+    for path in map(source.path, range(len(source))):
+        match = re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem)
+        if not match or match[1] != Path(path).parent.name:
+            raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
+        names.append(match.groups())
+    return source, *map(list, zip(*names))
+
+
+def shape_or_texture(subject):
+    source, shapes, textures, known = subject.conflict
+    logits = torch.cat([logits for logits, _ in predict(subject.model, subject.batches(source), subject.device)])
+    decisions = to_categories(logits, known)
+    decided = sum(s != t and d in (s, t) for d, s, t in zip(decisions, shapes, textures))
+    return dict(shape_bias=shape_bias(decisions, shapes, textures) if decided else None, decided=decided,
+                conflicts=sum(map(str.__ne__, shapes, textures)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and work
+
+
+def to_int8(x, dim=()):
+    """Integers from -128 to 127, and the scale that they are multiplied by; symmetric, one scale for all of `dim`."""
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round().clamp(-128, 127), scale
+
+
+def quantize(model):
+    """A copy with 8-bit linear layers in its blocks, simulated in float, and its size in bytes.
+
+    Weights have a scale for each output channel. Activations are quantized dynamically, one scale for the whole tensor
+    that enters a layer, so results depend a little on the batch. All else stays in float32.
+    """
+    model = copy.deepcopy(model)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            values, scale = to_int8(layer.weight.data, dim=1)
+            layer.weight.data = values * scale
+            layer.register_forward_pre_hook(lambda _, inputs: torch.mul(*to_int8(*inputs)))
+            size += 4 * scale.numel() - 3 * values.numel()
+    return model, size
+
+
+def int8(subject):
+    small, size = quantize(subject.model)
+    accuracy = evaluate(small, subject.batches(), subject.device)["test_acc1"]
+    return dict(int8_acc1=accuracy, int8_mb=size / 1e6,
+                float32_mb=4e-6 * sum(p.numel() for p in subject.model.parameters()))
+
+
+def multiply_accumulates(cfg):
+    """Those of one image, in linear layers, patches and attention. The authors count the same, and ViT's norms besides.
+
+    `published`: all tokens in all blocks, all pairs of them in attention. `as_run`: of the last block only what the
+    class token needs. `causal`: and of attention in the others only what the mask at alpha 0 leaves, which dense
+    matrix multiplications do not save. A pair masked before the softmax needs neither of the two, one masked after it
+    the first.
+    """
+    with torch.device("meta"):
+        model = VisionTransformer(replace(cfg, depth=1))
+    N, D = cfg.tokens, cfg.width
+    mlp = sum(p.numel() for p in model.blocks[0].mlp.parameters() if p.ndim == 2)
+    ends = model.patch_embed.proj.weight.numel() * (N - 1) + model.head.weight.numel()
+    block = N * (4 * D ** 2 + mlp) + 2 * N ** 2 * D
+    last = 3 * N * D ** 2 + D ** 2 + mlp + 2 * N * D                 # q, k and v of all tokens, the rest of one
+    attn_bias, attn_scale = masks(cfg)
+    hidden = 0 if attn_bias is None else 2 * D * int(attn_bias.isinf().sum())
+    hidden += 0 if attn_scale is None else D * int((attn_scale == 0).sum())
+    return dict(published=ends + cfg.depth * block, as_run=ends + (cfg.depth - 1) * block + last,
+                causal=ends + (cfg.depth - 1) * (block - hidden) + last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table and the command line
+
+
+PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the row
+    "calibration": lambda subject: calibration(*map(torch.cat, zip(*subject.predictions))),
+    "rank": lambda subject: attention_rank(subject.model, normalize(subject.sample)),
+    "attention": attention,
+    "shape_bias": shape_or_texture,
+    "int8": int8,
+    "macs": lambda subject: dict(macs=multiply_accumulates(subject.model.cfg)),
+}
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
+    parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
+    add_flags(parser)
+    parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, or DIR/SHAPE/shapeN-textureN.png")
+    parser.add_argument("--image", default="", help="attention: draw it on this image, not on three of the data")
+    parser.add_argument("--draw", default="attention.png", help="attention: the .png to draw it in")
+    parser.add_argument("--out", help="append the rows to this file")
+
+    with explain():
+        args = parser.parse_args(argv)
+        if args.batch_size < 1 or args.workers < 0:
+            raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+        if not (Path(args.draw).suffix == ".png" and Path(args.draw).parent.is_dir()):
+            raise ValueError(f"--draw {args.draw}: give the path of a .png, in a folder that exists")
+        _, world, device, _ = setup(args.device, "float32")
+        if world > 1:
+            raise ValueError("properties are measured in one process: use python, not torchrun")
+        subjects, rows = [], []
+        for source in args.checkpoints:
+            model, checkpoint = open_model(source, device, args.soft_mask)
+            val = open_val(source, checkpoint, model, args.data)
+            subjects.append(Subject(model, val, device, args.batch_size, args.workers, args.cue, args.image, args.draw))
+            rows.append(describe(model, checkpoint, torch.float32))
+            if "shape_bias" in args.measure:
+                subjects[-1].conflict    # opened now: what is wrong with it is said before anything is measured
+        for subject, row in zip(subjects, rows):
+            row |= score(subject.predictions, device)
+            for name in args.measure:
+                row |= PROPERTIES[name](subject)
+            print(json.dumps(row), flush=True)
+            if args.out:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
