@@ -43,10 +43,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all
 DATASETS = {  # the built-in ones: functions of a split and a size
     "shapes": lambda split, img_size: Shapes(split, img_size),
     "shapes-cue": lambda split, img_size: Shapes(split, img_size, cue=True),
-    "cifar10": lambda split, _: open_cifar(datasets.CIFAR10, split),
-    "cifar100": lambda split, _: open_cifar(datasets.CIFAR100, split),
+    "cifar10": lambda split, _: download(datasets.CIFAR10, train=split == "train"),
+    "cifar100": lambda split, _: download(datasets.CIFAR100, train=split == "train"),
 }
-DOWNLOADS = Path("datasets")                               # where CIFAR is kept
+DOWNLOADS = Path("datasets")                               # where they are kept
 
 
 def open_data(data, split, img_size, classes=None):
@@ -64,9 +64,10 @@ def open_data(data, split, img_size, classes=None):
     return source
 
 
-def open_cifar(dataset, split):
+def download(dataset, **split):
+    """A data set of torchvision, which is a class that takes a folder and a split."""
     try:
-        return dataset(DOWNLOADS, train=split == "train", download=True)
+        return dataset(DOWNLOADS, download=True, **split)
     except Exception as error:  # no network shows as any of a dozen kinds
         name = dataset.__name__.lower()
         raise ValueError(f"--data {name} could not be downloaded to {DOWNLOADS}/ ({error}): connect to a network, "
@@ -79,7 +80,7 @@ def open_folder(root, split, classes):
         raise ValueError(f"--data {root} is neither one of {', '.join(DATASETS)} nor a folder: check the path")
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing: put images into {folder}/CLASS/, a folder for each class")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = class_folders(folder)
     if not found:
         raise ValueError(f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class")
     classes = found if classes is None else list(classes)
@@ -88,6 +89,10 @@ def open_folder(root, split, classes):
         raise ValueError(f"{folder} has the class folders {shorten(unknown)}, which are not among the {len(classes)} "
                          f"classes that are known ({shorten(classes)}): use the data that the model was trained on")
     return ImageFolder(folder, found, classes)
+
+
+def class_folders(folder):
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageFolder(Dataset):
@@ -329,7 +334,7 @@ class Images(Dataset):
         for other in range(index, index + 100):
             try:
                 return *self.source[other % len(self.source)], fault
-            except ValueError as error:                    # an error in a worker would come with its traceback
+            except (ValueError, OSError) as error:         # an error in a worker would come with its traceback
                 fault = fault or str(error)
         return Image.new("RGB", (1, 1)), 0, fault
 

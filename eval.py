@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -127,10 +128,17 @@ def describe(model, checkpoint, dtype):
 def add_flags(parser):
     """The flags that programs share which evaluate a model."""
     parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
-    parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's: 1 bidirectional, 0 causal")
+    parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's, from 1 (bidirectional) to 0")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+
+
+def parse(parser, argv):
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or not 0 <= args.workers <= 1024:
+        raise ValueError("--batch-size must be at least 1 and --workers from 0 to 1024")
+    return args
 
 
 def main(argv=None):
@@ -142,9 +150,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
 
     with explain():
-        args = parser.parse_args(argv)
-        if args.batch_size < 1 or args.workers < 0:
-            raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+        args = parse(parser, argv)
         if args.image and args.data:
             raise ValueError("--image classifies one image alone: drop it, or --data")
         rank, world, device, dtype = setup(args.device, args.dtype)
@@ -165,7 +171,7 @@ def main(argv=None):
             val = open_val(args.checkpoint, checkpoint, model, args.data)
             sampler = EvalSampler(len(val), args.batch_size, rank, world)
             result = evaluate(model, loader(Images(val, transform), sampler, args.workers, device), device, dtype)
-            result = r = result | describe(model, checkpoint, dtype)
+            r = result = result | describe(model, checkpoint, dtype)
             mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
             text = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
                     f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
@@ -193,10 +199,13 @@ def explain():
         yield
     except Exception as error:
         if isinstance(error, ValueError):
+            if not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):       # a bug, not a refusal
+                raise
             reason = str(error)
         elif isinstance(error, OSError) and error.strerror:
             reason = f"{error.filename or 'the system'}: {error.strerror}: give another path or fewer processes"
-        elif isinstance(error, MemoryError) or re.search("alloc|out of memory|overflow", str(error)):
+        elif isinstance(error, MemoryError) or (
+                isinstance(error, RuntimeError) and re.search("alloc|out of memory|overflow", str(error), re.I)):
             reason = "there is not enough memory for this: make the model, the images or the batch smaller"
         else:
             raise

@@ -223,10 +223,13 @@ def test_at_alpha_1_there_is_no_mask(rung):
     torch.testing.assert_close(build(rung, alpha=1.0)(images), build(rung, mask="none")(images), atol=1e-5, rtol=0)
 
 
-def test_a_mask_that_is_only_named_is_an_error(monkeypatch):
-    monkeypatch.setattr("model.MASKS", (*model.MASKS, "window"))
-    with pytest.raises(ValueError, match="mask 'window' is one of MASKS, but not of masks"):
-        VisionTransformer(config("nano", mask="window"))
+def test_a_new_kind_of_mask_is_one_entry_of_a_table(monkeypatch):
+    def prefix(future, cls, alpha):                                          # the first four tokens attend to each other
+        future[:4, :4] = False
+        return model.fill(future, -math.inf), None
+    monkeypatch.setitem(model.MASKS, "prefix", prefix)
+    attn = build("soft_mask", mask="prefix").attention_maps(hashed_images(1))[0, 0, 0]
+    assert (attn[:4, :4] > 0).all() and (attn[:4, 4:] == 0).all() and torch.equal(attn[4:] > 0, torch.ones(13, 17).tril(4) > 0)
 
 
 def test_soft_log_at_alpha_0_is_the_causal_mask():

@@ -36,8 +36,8 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (DATASETS, EvalSampler, Images, TrainSampler, erase, eval_transform, loader, mix, normalize, open_data,
-                  seed_of, shorten, train_transform)
+from data import (DATASETS, EvalSampler, Images, TrainSampler, class_folders, erase, eval_transform, loader, mix,
+                  normalize, open_data, seed_of, shorten, train_transform)
 from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, explain, gather, in_turn, leave, on_first, setup,
                   stop, stop_on_signals)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, conform, is_dense,
@@ -55,9 +55,9 @@ class Recipe:
     batch_size: int              # images per iteration (global batch size), over all ranks and micro-batches
     micro_batch: int             # micro-batch size (per rank); gradients accumulate over micro-batches
     lr: float                    # peak learning rate of AdamW, not scaled with the batch size
-    min_lr: float                # where the cosine ends
+    min_lr: float                # final learning rate of the cosine
     warmup_epochs: int           # linear warm-up from 0
-    weight_decay: float          # AdamW's, on 2-D weights only
+    weight_decay: float          # AdamW's, on the weights of linear layers and patch embedding only
     clip_grad: float             # largest norm of the gradient; 0 does not clip
     drop_path: float             # stochastic depth: probability in the last block, falling to 0 in the first
     label_smoothing: float       # probability spread evenly over the classes
@@ -66,7 +66,7 @@ class Recipe:
     erasing: float               # probability of random erasing
     augment: bool                # RandAugment after crop and flip
     soft_mask_schedule: str      # constant (alpha stays 1) or linear (1 to 0), then 0
-    soft_mask_epochs: int        # for so many epochs; 0 is causal from the start
+    soft_mask_epochs: int        # for so many epochs; 0: alpha is 0 from the start
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -124,9 +124,9 @@ class Run:
     step: str = "soft_mask"      # rung of the ladder, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
-    init_from: str = ""          # checkpoint or name of published weights to start from; a head of other classes is new
-    seed: int = 0                # of weights, order and augmentation
-    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
+    init_from: str = ""          # checkpoint or name of published weights to start from; a head of another number of classes is new
+    seed: int = 0                # random seed of weights, order and augmentation
+    dtype: str = "auto"          # precision of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
 
 
 @dataclass
@@ -216,22 +216,18 @@ def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, devic
         yield images, labels, sum(map(bool, faults))
 
 
-def exchange(*values, device):
-    """A list by rank for each value: the one exchange of an iteration beside the gradients, and the only wait for the
-    device. Values are numbers, or tensors of one element on the device."""
-    def tensor(value):
-        return value.float() if isinstance(value, torch.Tensor) else torch.full((), float(value), device=device)
-    mine = torch.stack(list(map(tensor, values)))
-    ranks = [mine]
+def sum_over_ranks(loss, norm, faults, stops):
+    """Two tensors and two numbers, each summed over the ranks: beside the gradients the one exchange of an iteration,
+    and its only wait for the device. What is not finite on one rank is not finite in the sum."""
+    sums = torch.stack([loss, norm, torch.full_like(loss, faults), torch.full_like(loss, stops)])
     if dist.is_initialized():
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
-    return torch.stack(ranks, dim=1).tolist()
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
-def check_health(losses, norms, state, images, folder, scaler):
+def check_health(loss, norm, state, images, folder, scaler):
     """ValueError if a loss or gradient of an iteration is not finite, or too many images of an epoch are unreadable."""
-    if not all(map(math.isfinite, losses if scaler.is_enabled() else losses + norms)):   # it skips steps that overflow
+    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):       # it skips steps that overflow
         raise ValueError(f"the loss or its gradient is not a finite number at iteration {state.iteration}; it was not "
                          f"applied, and {folder} holds the run as it was last saved: try a smaller --lr or "
                          "--dtype float32")
@@ -241,12 +237,12 @@ def check_health(losses, norms, state, images, folder, scaler):
                          "replace or remove them")
 
 
-def metrics_row(run, recipe, cfg, state, per_epoch, losses, result, n_parameters, **times):
-    """A line of metrics.jsonl, with the names of the published logs; `losses` have gone into state.loss_sum."""
-    span, soft = range(state.epoch * per_epoch, state.iteration), cfg.mask.startswith("soft")
+def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_parameters, **times):
+    """A line of metrics.jsonl, with the names of the published logs; state.loss_sum is that of `n_losses`."""
+    span, soft = range(state.epoch * per_epoch, state.iteration), cfg.soft
     return dict(
         step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=state.epoch,
-        train_loss=state.loss_sum / losses,
+        train_loss=state.loss_sum / n_losses,
         train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
         train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if soft else None,
         **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
@@ -270,13 +266,14 @@ def main(argv=None):
         rank, world, device, dtype = setup(machine.device, run.dtype)
         run = replace(run, dtype=str(dtype).removeprefix("torch."))
         state = State(**pick(State, checkpoint or {}))
-        check_ranks(**asdict(state) | asdict(cfg) | asdict(recipe) | dict(seed=run.seed, dtype=run.dtype))
         micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
         train, val = open_splits(run, recipe, checkpoint)
+        check_ranks(run.data if run.data in DATASETS else "", len(train), len(val), train.classes, run, recipe, cfg, state)
         per_epoch = len(train) // recipe.batch_size
         cfg = replace(cfg, num_classes=len(train.classes))
         torch.manual_seed(seed_of("weights", run.seed))
-        model, notes = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device), []
+        model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
+        model.to(device)
         if run.init_from and not checkpoint:
             notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
         optimizer = make_optimizer(model, recipe)
@@ -303,20 +300,13 @@ def main(argv=None):
                             state.iteration, accumulate, rank, device, progress)
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
                          EvalSampler(len(val), micro_batch, rank, world), machine.workers, device)
-    n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.mask.startswith("soft")
+    n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.soft
     settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
                     train_images=len(train), ranks=world)
 
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
-    batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
-    say(f"model   {run.size}, step {run.step}{flags_of(run, cfg)}: {n_parameters:,} parameters, {cfg.img_size} x "
-        f"{cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}")
-    say(f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes")
-    say(f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes_of(recipe, run.recipe)}: "
-        f"{plural(recipe.epochs, 'epoch')} of {plural(per_epoch, 'iteration')}")
-    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
-    say(f"device  {device.type}{threads}, {run.dtype}{extras}")
+    for line in introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
+        say(line)
     if run.init_from and not checkpoint:
         say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
     if path:
@@ -363,18 +353,18 @@ def main(argv=None):
                 faults += unreadable
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            losses, norms, unreadable, stops = exchange(loss_sum, norm, faults, len(stop), device=device)
-            state.unreadable += int(sum(unreadable))
+            loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
+            state.unreadable += int(faults)
             with explain():
-                check_health(losses, norms, state, len(train), folder, scaler)
+                check_health(loss_sum, norm, state, len(train), folder, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            state.loss_sum += sum(losses)
+            state.loss_sum += loss_sum
             state.iteration += 1
 
-            progress.update(state.iteration, fmean(losses) / accumulate, lr, state.alpha)
-            if any(stops):
+            progress.update(state.iteration, loss_sum / accumulate / world, lr, state.alpha)
+            if stops:
                 progress.end()
                 save_run()
                 end_early()
@@ -394,8 +384,9 @@ def main(argv=None):
             f"{row['time_s']:,.0f} s")
         final = not soft or state.alpha == soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch)
         improved = final and row["test_acc1"] > state.best_acc1              # under different masks they do not compare
-        state = replace(state, epoch=epoch + 1, loss_sum=0.0, unreadable=0,
-                        best_acc1=row["test_acc1"] if improved else state.best_acc1)
+        state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0
+        if improved:
+            state.best_acc1 = row["test_acc1"]
         rows.append(json.dumps(row))
         if rank == 0:
             with explain():
@@ -405,6 +396,21 @@ def main(argv=None):
     say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
         f"python eval.py {folder / 'best.pt'} --data {run.data}")
     leave()
+
+
+def introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
+    """The first lines of a run: all that tells it from another."""
+    accumulate, per_epoch = recipe.batch_size // world // micro_batch, len(train) // recipe.batch_size
+    batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
+    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
+    return [
+        f"model   {run.size}, step {run.step}{flags_of(run, cfg)}: {n_parameters:,} parameters, {cfg.img_size} x "
+        f"{cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}",
+        f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes",
+        f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes_of(recipe, run.recipe)}: "
+        f"{plural(recipe.epochs, 'epoch')} of {plural(per_epoch, 'iteration')}",
+        f"device  {device.type}{threads}, {run.dtype}{extras}"]
 
 
 class Progress:
@@ -544,7 +550,7 @@ def resolve(given, checkpoint):
         run = replace(run, dtype="float32")                               # as the published runs
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
     explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
-    if explicit and checkpoint is None and not cfg.mask.startswith("soft"):
+    if explicit and checkpoint is None and not cfg.soft:
         raise ValueError(f"{flag(explicit[0])} needs a soft mask, but the mask of this model is {cfg.mask!r}: "
                          "drop the flag, or add --mask soft")
     return run, recipe, cfg
@@ -552,7 +558,7 @@ def resolve(given, checkpoint):
 
 def default_recipe(run):
     train = Path(run.data, "train")
-    if run.data in DATASETS or not train.is_dir() or sum(entry.is_dir() for entry in os.scandir(train)) != 1000:
+    if run.data in DATASETS or not train.is_dir() or len(class_folders(train)) != 1000:
         return "small-data"
     if run.init_from:
         raise ValueError("--init-from on 1,000 classes needs a --recipe: one for fine-tuning "
@@ -568,14 +574,14 @@ def split_batch(recipe, world, strict):
     """(micro-batch size, micro-batches per iteration) of each rank. Unless `strict`, a recipe's micro-batch is the most
     that it may be."""
     part, left = divmod(recipe.batch_size, world)
-    micro = recipe.micro_batch
-    while not strict and micro > 1 and (micro > part or part % micro):
+    micro, mixing = recipe.micro_batch, recipe.mixup or recipe.cutmix
+    while not strict and micro > 1 and (micro > part or part % micro or mixing and micro % 2):
         micro -= 1
     if left or part % micro:
         near = max(1, round(recipe.batch_size / world / micro)) * world * micro
         raise ValueError(f"--batch-size {recipe.batch_size} is not a multiple of {plural(world, 'rank')} "
                          f"x --micro-batch {micro}; {near} is")
-    if micro % 2 and (recipe.mixup or recipe.cutmix):
+    if micro % 2 and mixing:
         raise ValueError(f"--micro-batch {micro} is odd, but mixup and cutmix pair the images of a micro-batch: "
                          "make it even, or set both to 0")
     return micro, part // micro
@@ -633,7 +639,7 @@ def find_resume(given):
 def read_run(path):
     checkpoint = read_checkpoint(path)
     conform(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(State)} | dict(
-        run=Run, recipe=Recipe, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
+        run=Run, recipe=Recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
     return checkpoint
 
 
@@ -648,10 +654,11 @@ def make_folder(out, name, resume):
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
             return Path(out)
+        Path("out").mkdir(exist_ok=True)                                        # an error if it is a link to nothing
         for number in itertools.count(1):
-            folder = Path("out", f"{name}-{number}")
             with suppress(FileExistsError):
-                folder.mkdir(parents=True)
+                folder = Path("out", f"{name}-{number}")
+                folder.mkdir()
                 return folder
     except OSError as error:
         raise ValueError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error
@@ -661,7 +668,7 @@ def prepare(folder, path, given, settings, state):
     """Put the run's folder in order before training; returns the rows of metrics.jsonl of the epochs done."""
     for name in FILES:                                   # of a process that was killed while it wrote
         (folder / f"{name}.tmp").unlink(missing_ok=True)
-    if path and path.name == "prev.pt" and given["resume"] != str(path):
+    if path and path.name == "prev.pt" and Path(given["resume"]) != path:
         os.replace(path, folder / "last.pt")             # or the next save would put a damaged last.pt in its place
     write(folder / "config.json", json.dumps(settings, indent=1).encode())
     with suppress(FileNotFoundError):
@@ -713,14 +720,16 @@ def load_moments(optimizer, moments):
     optimizer.load_state_dict(dict(state={i: moments[i] for i in range(len(params))}, param_groups=groups))
 
 
-def check_ranks(**mine):
-    """ValueError if ranks differ in it: through a file that not all nodes have, or a flag given to some of them."""
+def check_ranks(data, train_images, test_images, classes, run, recipe, cfg, state):
+    """ValueError if ranks differ in these: through a file that not all nodes have, or a flag given to some of them."""
+    mine = asdict(state) | asdict(cfg) | asdict(recipe) | dict(
+        seed=run.seed, dtype=run.dtype, data=data, train_images=train_images, test_images=test_images, classes=classes)
     first, *others = gather(mine)
     for rank, theirs in enumerate(others, 1):
         for name in mine:
             if theirs[name] != first[name]:
                 raise ValueError(f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank {rank}: give all "
-                                 "nodes the same flags, and a folder for --out and --resume that they share")
+                                 "nodes the same data and flags, and a folder for --out and --resume that they share")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ RUNGS = {
     # Side branches
     "modified": Rung("class token first, and it alone attends to all", "rmsnorm",
                      flags="--step rmsnorm --mask modified"),
+    "rope_alone": Rung("RoPE instead of learned positions, no causal mask", "rmsnorm",
+                       flags="--step rmsnorm --rope --no-abs-pos"),
     "soft_first": Rung("class token first, `soft` at alpha 0 from the start: the **leak**", "causal",
                        flags="--step rmsnorm --mask soft --soft-mask-epochs 0"),
     "soft_constant": Rung("alpha 1 for an epoch, then 0 at once", "soft_mask",

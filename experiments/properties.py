@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from data import EvalSampler, Images, Shapes, eval_transform, loader, normalize, open_folder, read_image, shorten
-from eval import Parser, add_flags, describe, evaluate, explain, open_model, open_val, predict, score, setup
+from eval import Parser, add_flags, describe, evaluate, explain, open_model, open_val, parse, predict, score, setup
 from model import VisionTransformer, masks
 
 
@@ -313,9 +313,7 @@ def main(argv=None):
     parser.add_argument("--out", help="append the rows to this file")
 
     with explain():
-        args = parser.parse_args(argv)
-        if args.batch_size < 1 or args.workers < 0:
-            raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+        args = parse(parser, argv)
         if not (Path(args.draw).suffix == ".png" and Path(args.draw).parent.is_dir()):
             raise ValueError(f"--draw {args.draw}: give the path of a .png, in a folder that exists")
         _, world, device, _ = setup(args.device, "float32")

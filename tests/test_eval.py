@@ -262,6 +262,12 @@ def test_missing_and_damaged_checkpoints_are_refused(finished, tmp_path, capsys)
     assert "half.pt cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "half.pt"], capsys)
 
 
+def test_an_error_in_the_code_is_not_reported_as_bad_input(capsys):
+    with pytest.raises(ValueError, match="unpack"), evaluation.explain():
+        _, _ = (1,)
+    assert capsys.readouterr().err == ""
+
+
 def test_data_with_a_class_that_the_model_does_not_know_is_refused(photos, finished, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "val" / "owl").rename(tmp_path / "data" / "val" / "wolf")

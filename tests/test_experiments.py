@@ -99,10 +99,17 @@ def test_many_comparisons_are_corrected_for_from_the_largest_down():
     assert significant(9, bounds[1] - 0.01, bounds[2] + 0.01) == {0} and significant(bounds[2] + 0.01) == {0}
 
 
+@pytest.mark.parametrize("step, overrides, rung", [
+    ("vit", {}, "vit"), ("rmsnorm", dict(width=96, rope=True, abs_pos=False), "rope_alone"), ("modified", {}, "modified"),
+    ("soft_mask", dict(depth=4, mask="soft_log"), "soft_log"), ("rmsnorm", dict(heads=3), "rmsnorm")])
+def test_a_row_is_filed_under_its_rung_by_what_it_changes(step, overrides, rung):
+    assert report.rung_of(dict(step=step, overrides=overrides)) == rung
+
+
 def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(monkeypatch):
     def row(rung, seed, accuracy, epoch=2):
         return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
-    wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1]
+    wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1, 0]
     means = dict.fromkeys(report.RUNGS, 55) | dict(vit=50, causal=10, modified=55.1)
     table = [row(rung, seed, mean + seed + wobble[i] * (1 - 2 * seed))
              for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
@@ -114,4 +121,4 @@ def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_las
     assert "| **+5.0** | 74.3 |" in lines["| `swiglu`"] and "| +0.0 | 74.5 |" in lines["| `rmsnorm`"]
     assert "| `rmsnorm` | +0.1 |" in lines["| `rmsnorm --mask modified`"] and "| **-45.0** |" in lines["| `causal`"]
     assert "| +0.0 ³ | 71.9 |" in lines["| `ps_cls`"]                          # not compared with the row above it
-    assert "corrected for the 11 comparisons of both\ntables by Holm's" in report.results_table()
+    assert "corrected for the 12 comparisons of both tables by Holm's" in report.results_table()

@@ -216,7 +216,23 @@ train.main(["--resume", {str(tmp_path)!r} + "/" + os.environ["RANK"], *sys.argv[
 """)
     code, _, errors = torchrun(2, tmp_path / "node.py")
     assert code != 0 and errors.count("error: ") == 1
-    assert f"error: {said}: give all nodes the same flags, and a folder for --out and --resume that they share\n" in errors
+    assert (f"error: {said}: give all nodes the same data and flags, and a folder for --out and --resume that they "
+            "share\n") in errors
+
+
+@pytest.mark.slow
+def test_ranks_with_different_data_are_refused(photos, tmp_path):
+    for rank in (0, 1):
+        shutil.copytree(photos, tmp_path / f"{rank}")
+    (tmp_path / "1" / "train" / "cat" / "00.png").unlink()                    # a copy that is not complete
+    (tmp_path / "node.py").write_text(f"""
+import os, sys, train
+train.main(["--data", {str(tmp_path)!r} + "/" + os.environ["RANK"], *sys.argv[1:]])
+""")
+    code, _, errors = torchrun(2, tmp_path / "node.py", "--out", tmp_path / "run", *SMALL)
+    assert code != 0 and errors.count("error: ") == 1
+    assert "error: train_images is 24 on rank 0, but 23 on rank 1: give all nodes the same data" in errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -478,7 +494,11 @@ def test_one_rank_under_torchrun_is_the_run_without_it(photos, alone, tmp_path):
     assert metrics(tmp_path / "run") == metrics(alone) and "\r" not in said + errors
 
 
-def test_a_folder_that_cannot_be_made_is_refused(photos, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_refused(photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to("nowhere")                                 # not tried again for ever
+    said = refused(train, ["--data", photos, *SMALL], capsys)
+    assert "--out out cannot be made (File exists): give another folder" in said
     (tmp_path / "file").touch()
     said = refused(train, ["--data", photos, "--out", tmp_path / "file" / "run", *SMALL], capsys)
     assert f"--out {tmp_path}/file/run cannot be made (Not a directory): give another folder" in said

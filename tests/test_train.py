@@ -124,6 +124,21 @@ def test_a_folder_of_1000_classes_has_the_sizes_own_recipe(flags, name, drop_pat
     assert cfg.img_size == recipe.img_size
 
 
+def test_hidden_folders_are_no_classes(thousand, tmp_path):
+    (tmp_path / "train").mkdir()
+    for folder in (thousand / "train").iterdir():
+        (tmp_path / "train" / folder.name).mkdir()
+    (tmp_path / "train" / ".cache").mkdir()
+    run, *_ = train.resolve(train.parse_flags(["--data", str(tmp_path)]), None)
+    assert run.recipe == "tiny"
+
+
+def test_a_micro_batch_that_is_mixed_is_even():
+    mixed = replace(RECIPE, batch_size=258, mixup=0.2)
+    assert train.split_batch(mixed, 1, strict=False) == (86, 3)
+    assert train.split_batch(replace(mixed, mixup=0), 1, strict=False) == (129, 2)
+
+
 def test_a_size_without_a_recipe_for_1000_classes_says_so(thousand, capsys):
     said = refused(train, ["--data", thousand, "--size", "large"], capsys)
     assert "--size large has no recipe of its own for 1,000 classes; choose one with --recipe: small-data, basic" in said
