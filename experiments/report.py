@@ -64,11 +64,13 @@ def ladder_table():
 # The experiments
 
 
+CHANGES = {rung: parse_flags(flags_of(rung).split()) for rung in RUNGS}
+
+
 def rung_of(row):
     """The rung that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
     changes = {name: value for name, value in row.get("overrides", {}).items() if name not in ("width", "depth", "heads")}
-    given = dict(step=row["step"]) | changes
-    return next((rung for rung in RUNGS if parse_flags(flags_of(rung).split()) == given), row["step"])
+    return next((rung for rung in RUNGS if CHANGES[rung] == dict(step=row["step"]) | changes), row["step"])
 
 
 def by_rung(name, key="test_acc1", **fields):
