@@ -39,7 +39,7 @@ def predict(model, batches, device, dtype=torch.float32, stop=()):
     """Logits (B, classes) in float32 and labels (B,) of each batch, until `stop` holds something. ValueError if an
     image cannot be read. Leaves the model in eval mode."""
     model.eval()
-    for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_first() or None):
+    for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
         if stop:
             return
         if any(faults):
@@ -96,7 +96,7 @@ def classify(model, image, classes, dtype):
 
 def open_model(source, device, alpha=None):
     """(model, checkpoint) of a path or published name, on a device; `alpha` replaces that of the checkpoint."""
-    checkpoint = in_turn(open_checkpoint, source)
+    checkpoint = local_rank_0_first(open_checkpoint, source)
     model = build(checkpoint).to(device).eval()
     if alpha is not None:
         model.set_soft_mask(alpha)
@@ -109,7 +109,7 @@ def open_val(source, checkpoint, model, data=None):
     data = data or checkpoint["run"].get("data")
     if data is None:
         raise ValueError(f"{source} does not say what it was trained on: give --data")
-    val = in_turn(open_data, data, "val", model.cfg.img_size, checkpoint["classes"])
+    val = local_rank_0_first(open_data, data, "val", model.cfg.img_size, checkpoint["classes"])
     if len(val.classes) != model.cfg.num_classes:
         raise ValueError(f"--data {data} has {len(val.classes)} classes, but the model knows {model.cfg.num_classes}: "
                          "use the data that it was trained on")
@@ -149,7 +149,7 @@ def main(argv=None):
     parser.add_argument("--image", help="classify this image alone: print its five most likely classes")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
 
-    with explain():
+    with report_errors():
         args = parse(parser, argv)
         if args.image and args.data:
             raise ValueError("--image classifies one image alone: drop it, or --data")
@@ -178,7 +178,7 @@ def main(argv=None):
                     f"{r['time_images_per_s']:,.0f} images/s")
     if rank == 0:
         print(json.dumps(result) if args.json else text)
-    leave()
+    shut_down()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def explain():
+def report_errors():
     """Bad input, and what the system refuses, ends a program with one line, printed once per node, and exit code 2."""
     try:
         yield
@@ -226,7 +226,7 @@ def stop_on_signals():
 
 
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16", "float16")
-patient = None   # a group of all ranks for waiting: NCCL would end those that wait ten minutes for a download or a scan
+gloo = None   # a group of all ranks for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
 
 def setup(device="auto", dtype="auto"):
@@ -260,26 +260,26 @@ def setup(device="auto", dtype="auto"):
         torch.cuda.set_device(device)
     device = torch.device(device)
     if world > 1:
-        global patient
+        global gloo
         gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        gloo = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return rank, world, device, getattr(torch, dtype)
 
 
-def in_turn(function, *args, **kwargs):
+def local_rank_0_first(function, *args, **kwargs):
     """Call a function in the first process of each machine, then in the others: so it downloads once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
-        dist.barrier(patient)
+        dist.barrier(gloo)
     try:
         return function(*args, **kwargs)
     finally:   # after an error too: then the others meet it as well, and all end
         if dist.is_initialized() and first:
-            dist.barrier(patient)
+            dist.barrier(gloo)
 
 
-def on_first(function, *args):
+def on_rank_0(function, *args):
     """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError that it raises."""
     answer = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -288,7 +288,7 @@ def on_first(function, *args):
         except ValueError as error:
             answer[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, group=patient)
+        dist.broadcast_object_list(answer, group=gloo)
     if answer[1]:
         raise answer[1]
     return answer[0]
@@ -299,11 +299,11 @@ def gather(value):
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
-        dist.all_gather_object(values, value, group=patient)
+        dist.all_gather_object(values, value, group=gloo)
     return values
 
 
-def leave():
+def shut_down():
     """Part from the other ranks. The pause lets gloo's threads free their tensors, for which they need Python's lock;
     torch 2.6 holds it while it waits for these threads to end."""
     if dist.is_initialized():
@@ -312,7 +312,7 @@ def leave():
         dist.destroy_process_group()
 
 
-def is_first():
+def is_rank_0():
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -386,7 +386,7 @@ SCALAR = np.float64(0).__reduce__()[0]     # what rebuilds a pickled numpy scala
 SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
         *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), argparse.Namespace]
 
-CHECKPOINT = dict(  # what a checkpoint of train.py holds, as far as evaluation needs it; see conform
+CHECKPOINT = dict(  # what a checkpoint of train.py holds, as far as evaluation needs it; see validate
     model=dict, config=Config, classes=list | None, alpha=float | int | None,
     run=dict(size=str, step=str, data=str, dtype=str, seed=int))
 
@@ -430,18 +430,18 @@ def read_checkpoint(source):
                   (str(error).splitlines() or ["it is empty"])[0])
         raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): "
                          "use another file") from error
-    conform(checkpoint, dict, str(path))
+    validate(checkpoint, dict, str(path))
     return checkpoint
 
 
-def conform(value, kind, name):
+def validate(value, kind, name):
     """ValueError with its `name` if a value is not of a kind; so what a file says is checked once, where it is read.
 
     A kind is a type or a union of types (an int is a float, a bool is no int, a list is one of strings), a dict {key:
     kind} of what must be there, or a dataclass: its fields' annotations are the kinds, and other keys are unknown.
     """
     if isinstance(kind, dict) or is_dataclass(kind):
-        conform(value, dict, name)
+        validate(value, dict, name)
         if is_dataclass(kind):
             unknown = value.keys() - {field.name for field in fields(kind)}
             if unknown:
@@ -452,7 +452,7 @@ def conform(value, kind, name):
             raise ValueError(f"{name} lacks {', '.join(missing)}: use a checkpoint that train.py wrote "
                              "(--resume takes a run's last.pt)")
         for key, inner in kind.items():
-            conform(value[key], inner, f"{name}: {key}")
+            validate(value[key], inner, f"{name}: {key}")
         return
     fits = isinstance(value, float | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits or isinstance(value, list) and not all(isinstance(item, str) for item in value):
@@ -478,7 +478,7 @@ def open_checkpoint(source):
     """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
-        conform(checkpoint, CHECKPOINT, source)
+        validate(checkpoint, CHECKPOINT, source)
         return checkpoint
     state = weights_of(checkpoint)
     try:  # the shapes alone tell the Config

@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from data import (DATASETS, EvalSampler, Images, TrainSampler, class_folders, erase, eval_transform, loader, mix,
                   normalize, open_data, seed_of, shorten, train_transform)
-from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, explain, gather, in_turn, leave, on_first, setup,
+from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, report_errors, gather, local_rank_0_first, shut_down, on_rank_0, setup,
                   stop, stop_on_signals)
-from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, conform, is_dense,
+from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, validate, is_dense,
                    load_weights, overrides, read_checkpoint)
 
 SCHEDULES = ("constant", "linear")
@@ -258,7 +258,7 @@ PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX
 
 def main(argv=None):
     started = time.perf_counter()
-    with explain():   # whatever the user can get wrong is found in here, before any work is done
+    with report_errors():   # whatever the user can get wrong is found in here, before any work is done
         given = parse_flags(argv)
         machine = Machine(**pick(Machine, given))
         path, checkpoint = find_resume(given)
@@ -275,13 +275,13 @@ def main(argv=None):
         model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
         model.to(device)
         if run.init_from and not checkpoint:
-            notes = load_weights(model, in_turn(read_checkpoint, run.init_from), new_head=True)
+            notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
         optimizer = make_optimizer(model, recipe)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint:
-            load_moments(optimizer, checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-        folder = path.parent if path else on_first(make_folder, machine.out, name_of(run, cfg), "resume" in given)
+        folder = path.parent if path else on_rank_0(make_folder, machine.out, name_of(run, cfg), "resume" in given)
 
     if machine.recompute:
         recompute_blocks(model)
@@ -316,12 +316,12 @@ def main(argv=None):
         say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
     if checkpoint and checkpoint["ranks"] != world:
         say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
-    with explain():
+    with report_errors():
         rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     def save_run(improved=False):
         if rank == 0:
-            with explain():
+            with report_errors():
                 save(settings, state, model, optimizer, scaler, folder, improved)
 
     def end_early():
@@ -355,7 +355,7 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
             loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
             state.unreadable += int(faults)
-            with explain():
+            with report_errors():
                 check_health(loss_sum, norm, state, len(train), folder, scaler)
             scaler.step(optimizer)
             scaler.update()
@@ -373,7 +373,7 @@ def main(argv=None):
         rate, waiting = progress.end()
 
         save_run()                                       # before the evaluation, which may fail
-        with explain():
+        with report_errors():
             result = evaluate(model, val_batches, device, dtype, stop)
         if result is None:
             end_early()
@@ -389,13 +389,13 @@ def main(argv=None):
             state.best_acc1 = row["test_acc1"]
         rows.append(json.dumps(row))
         if rank == 0:
-            with explain():
+            with report_errors():
                 write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
         save_run(improved)
 
     say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
         f"python eval.py {folder / 'best.pt'} --data {run.data}")
-    leave()
+    shut_down()
 
 
 def introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
@@ -589,8 +589,8 @@ def split_batch(recipe, world, strict):
 
 def open_splits(run, recipe, checkpoint):
     """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
-    train = in_turn(open_data, run.data, "train", recipe.img_size)
-    val = in_turn(open_data, run.data, "val", recipe.img_size, train.classes)
+    train = local_rank_0_first(open_data, run.data, "train", recipe.img_size)
+    val = local_rank_0_first(open_data, run.data, "val", recipe.img_size, train.classes)
     if len(train) < recipe.batch_size:
         raise ValueError(f"--data {run.data} has {len(train)} training images, less than one --batch-size "
                          f"{recipe.batch_size}: make it smaller")
@@ -608,7 +608,7 @@ def open_splits(run, recipe, checkpoint):
 
 
 def find_resume(given):
-    """(path, checkpoint) that --resume means, the newest that is whole; (None, None) if nothing has been saved yet."""
+    """(path, checkpoint) that --resume means, the newest that is intact; (None, None) if nothing has been saved yet."""
     if "resume" not in given:
         return None, None
     if given["resume"] and "out" in given:
@@ -633,12 +633,12 @@ def find_resume(given):
         if faults and os.environ.get("RANK", "0") == "0":
             print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
         return path, checkpoint
-    raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(faults)}): restore one, or start anew")
+    raise ValueError(f"no checkpoint in {folder} is intact ({'; '.join(faults)}): restore one, or start anew")
 
 
 def read_run(path):
     checkpoint = read_checkpoint(path)
-    conform(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(State)} | dict(
+    validate(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(State)} | dict(
         run=Run, recipe=Recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
     return checkpoint
 
@@ -677,7 +677,7 @@ def prepare(folder, path, given, settings, state):
 
 
 def write(path, content, previous=None):
-    """Write bytes so that the file is whole at any moment, old or new; the old one is kept as `previous`."""
+    """Write bytes so that the file is intact at any moment, old or new; the old one is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -690,7 +690,7 @@ def write(path, content, previous=None):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written ({error.strerror}): make room for it, then go on with --resume; "
-                         "what was saved before is whole") from error
+                         "what was saved before is intact") from error
 
 
 def save(settings, state, model, optimizer, scaler, folder, improved):
@@ -706,13 +706,13 @@ def save(settings, state, model, optimizer, scaler, folder, improved):
     store(weights | dict(optimizer=moments, scaler=scaler.state_dict()), "last.pt", folder / "prev.pt")
 
 
-def load_moments(optimizer, moments):
+def load_optimizer(optimizer, moments):
     """AdamW's moments of each parameter, {place: {name: tensor}}, into the optimizer. ValueError if they do not fit:
     the fused AdamW does not check, and would write beyond a tensor's end."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
         own = moments.get(i)
-        conform(own, dict(step=torch.Tensor, exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor), f"the optimizer: {i}")
+        validate(own, dict(step=torch.Tensor, exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor), f"the optimizer: {i}")
         shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
         if any(own[name].shape != shapes[name] for name in shapes) or not all(map(is_dense, own.values())):
             raise ValueError(f"the optimizer: {i} does not fit a parameter of shape {tuple(p.shape)}: use another file")

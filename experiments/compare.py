@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from eval import Parser, explain
+from eval import Parser, report_errors
 from model import SIZES, STEPS, config
 from train import RECIPES
 
@@ -95,7 +95,7 @@ def draw(Figure, names, runs, path):
 
 
 def main(argv=None):
-    with explain():
+    with report_errors():
         parser = Parser(description="Compare runs: which settings they differ in, and what came of it.")
         parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a metrics.jsonl or a log")
         parser.add_argument("--plot", metavar="FILE", help="draw their curves as .png, .pdf or .svg (needs matplotlib)")

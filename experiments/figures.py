@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from data import Shapes, eval_transform, normalize, open_data
-from eval import Parser, explain
+from eval import Parser, report_errors
 from experiments.ladder import RUNGS, flags_of
 from experiments.properties import open_conflict
 from experiments.report import climbed, rows, seeds_of
@@ -505,7 +505,7 @@ def main():
     parser.add_argument("--runs", type=Path, default="out/ladder-3", help="the ladder's folder, with RUNG-0/last.pt")
     parser.add_argument("--data", default="cifar10", help="validation images for leak and attention, as in train.py")
     parser.add_argument("--out-rows", type=Path, help="append the numbers of leak to this file, a row per model")
-    with explain():
+    with report_errors():
         args = parser.parse_args()
         if matplotlib is None:
             raise ValueError("the figures need matplotlib: pip install matplotlib")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import open_data
-from eval import default_workers, explain, stop, stop_on_signals
+from eval import default_workers, report_errors, stop, stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder of the runs and their rows; default: out/ladder-EPOCHS")
     args = parser.parse_args()
     args.out = args.out or Path("out", f"ladder-{args.epochs}")
-    with explain():
+    with report_errors():
         if min(args.seeds, args.epochs, args.jobs) < 1:
             raise ValueError("--seeds, --epochs and --jobs must be at least 1")
         open_data(args.data, "train", 32)                               # downloaded here, once, if at all

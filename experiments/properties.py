@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from data import EvalSampler, Images, Shapes, eval_transform, loader, normalize, open_folder, read_image, shorten
-from eval import Parser, add_flags, describe, evaluate, explain, open_model, open_val, parse, predict, score, setup
+from eval import Parser, add_flags, describe, evaluate, report_errors, open_model, open_val, parse, predict, score, setup
 from model import VisionTransformer, masks
 
 
@@ -312,7 +312,7 @@ def main(argv=None):
     parser.add_argument("--draw", default="attention.png", help="attention: the .png to draw it in")
     parser.add_argument("--out", help="append the rows to this file")
 
-    with explain():
+    with report_errors():
         args = parse(parser, argv)
         if not (Path(args.draw).suffix == ".png" and Path(args.draw).parent.is_dir()):
             raise ValueError(f"--draw {args.draw}: give the path of a .png, in a folder that exists")

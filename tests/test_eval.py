@@ -263,7 +263,7 @@ def test_missing_and_damaged_checkpoints_are_refused(finished, tmp_path, capsys)
 
 
 def test_an_error_in_the_code_is_not_reported_as_bad_input(capsys):
-    with pytest.raises(ValueError, match="unpack"), evaluation.explain():
+    with pytest.raises(ValueError, match="unpack"), evaluation.report_errors():
         _, _ = (1,)
     assert capsys.readouterr().err == ""
 

@@ -243,8 +243,8 @@ import eval
 init = dist.init_process_group
 dist.init_process_group = functools.partial(init, timeout=datetime.timedelta(seconds=1))       # as NCCL's ten minutes
 rank, *_ = eval.setup("cpu")
-eval.in_turn(time.sleep, 3 if rank == 0 else 0)
-print(eval.on_first(lambda: time.sleep(3) or "from 0"))
+eval.local_rank_0_first(time.sleep, 3 if rank == 0 else 0)
+print(eval.on_rank_0(lambda: time.sleep(3) or "from 0"))
 """)
     program = (tmp_path / "program.py").read_text()
     (tmp_path / "program.py").write_text(program.replace("import eval\n", "import sys; sys.argv = sys.argv[:1]; import eval\n"))
@@ -339,7 +339,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_is_told_and_what_was_saved_is_whole(ranks, photos, alone, alone2, tmp_path):
+def test_a_full_disk_is_reported_and_what_was_saved_is_intact(ranks, photos, alone, alone2, tmp_path):
     code, _, errors = sabotaged(ranks, photos, tmp_path / "run", 0, "train", 4, "full disk")
     assert code != 0
     assert f"error: {tmp_path}/run/last.pt cannot be written (File too large): make room for it" in errors
@@ -380,7 +380,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(damage, pho
     for name in ("last.pt", "prev.pt"):
         damage(tmp_path / "both" / name)
     said = refused(train, ["--data", photos, "--out", tmp_path / "both", *SMALL, "--resume"], capsys)
-    assert f"no checkpoint in {tmp_path}/both is whole (" in said
+    assert f"no checkpoint in {tmp_path}/both is intact (" in said
 
 
 def test_the_later_checkpoint_is_taken_whatever_the_files_times(photos, alone, monkeypatch, tmp_path, capsys):
@@ -411,7 +411,7 @@ def test_metrics_of_another_run_are_not_overwritten_by_resuming_nothing(photos, 
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_the_last_whole_checkpoint_outlives_a_damaged_one(at, photos, alone, monkeypatch, tmp_path):
+def test_the_last_intact_checkpoint_outlives_a_damaged_one(at, photos, alone, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_in(patch, torch.optim.AdamW, "step", 5)
         run(photos, tmp_path / "run")
