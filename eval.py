@@ -128,7 +128,7 @@ def describe(model, checkpoint, dtype):
 def add_flags(parser):
     """The flags that programs share which evaluate a model."""
     parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
-    parser.add_argument("--soft-mask", type=float, help="alpha instead of the checkpoint's, from 1 (bidirectional) to 0")
+    parser.add_argument("--soft-mask", type=float, help="alpha, from 1 (bidirectional) to 0, for the checkpoint's")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")

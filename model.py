@@ -160,9 +160,10 @@ def rope_table(tokens, dim, theta=10000.0):
 
 
 def rotate(x, table):
-    """Rotate each pair of adjacent channels by its token's angle, as LLaMA does: q . k depends on the relative position.
+    """Rotate each pair of adjacent channels by its token's angle, as LLaMA does.
 
-    x: (B, h, N, d), table: (2, N, d/2). (a + ib) * (cos + i sin), written in real numbers and computed in float32.
+    The product of a query and a key then depends on their relative position only. x: (B, h, N, d), table: (2, N, d/2).
+    (a + ib) * (cos + i sin), written in real numbers and computed in float32.
     """
     cos, sin = table
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # B, h, N, d/2
@@ -262,7 +263,7 @@ def norm(cfg):
 
 
 def masks(cfg, alpha=0.0, device=None):
-    """attn_bias, added before the softmax, and attn_scale, multiplied after it: (N, N) each, or None. Row i is query i."""
+    """attn_bias, added before the softmax, and attn_scale, multiplied after it: (N, N) or None. Row i is query i."""
     place = torch.arange(cfg.tokens, device=device)                  # made on the device: nothing is copied to it
     future = place > place[:, None]                                  # N, N: keys after the query
     cls = (place == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]            # N, 1: the class token as the query
@@ -273,9 +274,9 @@ def fill(future, value, elsewhere=0.0):
     return torch.full(future.shape, elsewhere, device=future.device).masked_fill(future, value)
 
 
-# `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay in its
-# denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score) instead,
-# by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+# `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay in
+# its denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score)
+# instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
 MASKS = {  # name: function of the keys that are in the future, the class token's row, and alpha
     "none": lambda future, cls, alpha: (None, None),
     "causal": lambda future, cls, alpha: (fill(future, -math.inf), None),
@@ -369,7 +370,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module):
-    """DeiT's initialization: linear weights normal, standard deviation 0.02, biases 0; the convolution keeps torch's."""
+    """DeiT's initialization: linear weights normal with deviation 0.02, biases 0; the convolution keeps torch's."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -405,7 +406,7 @@ def fetch(name):
 
 
 def read_checkpoint(source):
-    """The dict in a file, by its path, its run's folder (then best.pt) or a published name. ValueError if there is none.
+    """The dict in a file, by its path, its run's folder (its best.pt) or published name. ValueError if there is none.
 
     Only weights and plain types are read: a pickle that would run code is refused, and so is a corrupted file.
     Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimizer's groups.
@@ -468,7 +469,7 @@ def is_dense(value):
 def weights_of(checkpoint):
     """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
     state = checkpoint.get("model", checkpoint)
-    if not (isinstance(state, dict) and all(isinstance(name, str) for name in state) and all(map(is_dense, state.values()))):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and is_dense(state[name]) for name in state):
         raise ValueError("what should be weights is not a dict of tensors, dense and floating-point, by their names: "
                          "use another file")
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}

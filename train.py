@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from data import (DATASETS, EvalSampler, Images, TrainSampler, class_folders, erase, eval_transform, loader, mix,
                   normalize, open_data, seed_of, shorten, train_transform)
-from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, report_errors, gather, local_rank_0_first, shut_down, on_rank_0, setup,
-                  stop, stop_on_signals)
-from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, validate, is_dense,
-                   load_weights, overrides, read_checkpoint)
+from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, local_rank_0_first, on_rank_0,
+                  report_errors, setup, shut_down, stop, stop_on_signals)
+from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
+                   overrides, read_checkpoint, validate)
 
 SCHEDULES = ("constant", "linear")
 
@@ -124,9 +124,9 @@ class Run:
     step: str = "soft_mask"      # rung of the ladder, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
     data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
-    init_from: str = ""          # checkpoint or name of published weights to start from; a head of another number of classes is new
+    init_from: str = ""          # checkpoint or published weights to start from; another number of classes: new head
     seed: int = 0                # random seed of weights, order and augmentation
-    dtype: str = "auto"          # precision of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
+    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
 
 
 @dataclass
@@ -268,7 +268,7 @@ def main(argv=None):
         state = State(**pick(State, checkpoint or {}))
         micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
         train, val = open_splits(run, recipe, checkpoint)
-        check_ranks(run.data if run.data in DATASETS else "", len(train), len(val), train.classes, run, recipe, cfg, state)
+        check_ranks(run, recipe, cfg, state, train, val)
         per_epoch = len(train) // recipe.batch_size
         cfg = replace(cfg, num_classes=len(train.classes))
         torch.manual_seed(seed_of("weights", run.seed))
@@ -720,10 +720,11 @@ def load_optimizer(optimizer, moments):
     optimizer.load_state_dict(dict(state={i: moments[i] for i in range(len(params))}, param_groups=groups))
 
 
-def check_ranks(data, train_images, test_images, classes, run, recipe, cfg, state):
+def check_ranks(run, recipe, cfg, state, train, val):
     """ValueError if ranks differ in these: through a file that not all nodes have, or a flag given to some of them."""
     mine = asdict(state) | asdict(cfg) | asdict(recipe) | dict(
-        seed=run.seed, dtype=run.dtype, data=data, train_images=train_images, test_images=test_images, classes=classes)
+        seed=run.seed, dtype=run.dtype, data=run.data if run.data in DATASETS else "",   # a folder may have two paths
+        train_images=len(train), test_images=len(val), classes=train.classes)
     first, *others = gather(mine)
     for rank, theirs in enumerate(others, 1):
         for name in mine:

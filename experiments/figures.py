@@ -133,8 +133,8 @@ def draw_masks(look, args):
         if alpha is not None:
             for row, total in enumerate(["sum", *(f"{total:.2f}" for total in attn.sum(1))]):
                 write(fig, x + 205, y + cell * (row - 0.5), total, 8, ha="left", color=look.quiet)
-    write(fig, 400, 606, "attention weights where all scores are equal; row: query, column: key; outlined: the class token's row; "
-          "empty: 0", 8.5, color=look.quiet)
+    write(fig, 400, 606, "attention weights where all scores are equal; row: query, column: key; "
+          "outlined: the class token's row; empty: 0", 8.5, color=look.quiet)
     return fig
 
 

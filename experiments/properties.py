@@ -27,7 +27,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from data import EvalSampler, Images, Shapes, eval_transform, loader, normalize, open_folder, read_image, shorten
-from eval import Parser, add_flags, describe, evaluate, report_errors, open_model, open_val, parse, predict, score, setup
+from eval import (Parser, add_flags, describe, evaluate, open_model, open_val, parse, predict, report_errors, score,
+                  setup)
 from model import VisionTransformer, masks
 
 

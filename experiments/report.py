@@ -1,8 +1,8 @@
 """The tables of README.md and docs/, made from the rows in results/: python -m experiments.report
 
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
-those of experiments/properties.py on its runs, leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl of
-the run NAME as train.py left it; published.jsonl has the best epoch of each of the authors' logs whose weights are
+those of experiments/properties.py on its runs, leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl
+of the run NAME as train.py left it; published.jsonl has the best epoch of each of the authors' logs whose weights are
 published; bench_* and soak-* are rows of the programs in benchmarks/.
 
 A table stands between the marks <!-- NAME --> and <!-- end -->; PARTS says what makes it. Links to lines of code are
@@ -69,7 +69,8 @@ CHANGES = {rung: parse_flags(flags_of(rung).split()) for rung in RUNGS}
 
 def rung_of(row):
     """The rung that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
-    changes = {name: value for name, value in row.get("overrides", {}).items() if name not in ("width", "depth", "heads")}
+    size = ("width", "depth", "heads")
+    changes = {name: value for name, value in row.get("overrides", {}).items() if name not in size}
     return next((rung for rung in RUNGS if CHANGES[rung] == dict(step=row["step"]) | changes), row["step"])
 
 
@@ -198,7 +199,8 @@ def shape_table():
     lines = ["| rung | top-1, cues agree | shape bias, cues conflict |", "|---|--:|--:|"]
     for rung in sorted(by_rung("shape-bias"), key=list(RUNGS).index):
         accuracy, bias = (seeds_of("shape-bias", key, rung) for key in ("test_acc1", "shape_bias"))
-        lines.append(f"| `{flags_of(rung).removeprefix('--step ')}` | {plus_minus(accuracy)} % | {plus_minus([100 * value for value in bias])} % |")
+        lines.append(f"| `{flags_of(rung).removeprefix('--step ')}` | {plus_minus(accuracy)} % "
+                     f"| {plus_minus([100 * value for value in bias])} % |")
     return "\n".join(lines)
 
 
@@ -372,7 +374,8 @@ def claims_table():
         return [fmean(map(value, seeds_of("properties", key, step))) for step in ("vit", "soft_mask")]
     ranks = both("rank_90", lambda seed: fmean(fmean(heads) for heads in seed))
     errors, full, small = both("ece", lambda ece: 100 * ece), both("test_acc1"), both("int8_acc1")
-    bias = [100 * fmean(seeds_of("shape-bias", "shape_bias", rung)) for rung in ("rmsnorm", "ps_cls", "rope_alone", "rope")]
+    bias = [100 * fmean(seeds_of("shape-bias", "shape_bias", rung))
+            for rung in ("rmsnorm", "ps_cls", "rope_alone", "rope")]
     claims = [
         ("A causal mask with the class token first collapses", "training fails",
          f"{fmean(found['causal']):.1f} %, chance, with every seed; all images get the same logits", "**reproduced**"),
