@@ -239,12 +239,12 @@ def check_health(loss, norm, state, images, folder, scaler):
 
 def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_parameters, **times):
     """A line of metrics.jsonl, with the names of the published logs; state.loss_sum is that of `n_losses`."""
-    span, soft = range(state.epoch * per_epoch, state.iteration), cfg.soft
+    span = range(state.epoch * per_epoch, state.iteration)
     return dict(
         step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=state.epoch,
         train_loss=state.loss_sum / n_losses,
         train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
-        train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if soft else None,
+        train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if cfg.soft else None,
         **{name: result[name] for name in ("test_loss", "test_acc1", "test_acc5")}, n_parameters=n_parameters,
         unreadable=state.unreadable, **times)
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from benchmarks.bench_model import peer, report
+from benchmarks.bench_model import peer
 from data import MEAN, STD, Images, open_folder, train_transform
+from experiments.properties import report
 
 
 def timm_transform():

@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from benchmarks.bench_model import report
 from benchmarks.soak import children, look_at
 from data import Images, TrainSampler, eval_transform, loader, open_folder, read_image
+from experiments.properties import report
 
 CONTENDERS = {  # how each opens a folder with train/
     "torchvision": lambda root: datasets.ImageFolder(root / "train", loader=read_image),

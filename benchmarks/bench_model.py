@@ -13,12 +13,10 @@ weights and images, both in 10^6 bytes.
 import argparse
 import importlib
 import itertools
-import json
 import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,7 +25,7 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
 from eval import setup
-from experiments.properties import multiply_accumulates
+from experiments.properties import multiply_accumulates, report
 from model import VisionTransformer, config
 from train import recompute_blocks
 
@@ -40,15 +38,6 @@ def peer(module):
             return importlib.import_module(module)
     except ImportError:
         sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
-
-
-def report(row, out):
-    """Print a row, and append it to the file `out` if there is one."""
-    print(json.dumps(row))
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def timm_vit(img_size):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.bench_model import report
+from experiments.properties import report
 
 ROOT = Path(__file__).resolve().parents[1]
 

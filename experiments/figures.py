@@ -21,9 +21,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import Shapes, eval_transform, normalize, open_data
 from eval import Parser, report_errors
-from experiments.ladder import RUNGS, flags_of
-from experiments.properties import open_conflict
-from experiments.report import climbed, rows, seeds_of
+from experiments.ladder import RUNGS, title_of
+from experiments.properties import class_token_attention, open_conflict, singular_values_for
+from experiments.report import RUNS, climbed, rows, seeds_of
 from model import STEPS, Config, VisionTransformer, build, open_checkpoint
 
 try:
@@ -307,7 +307,7 @@ def draw_ladder(look, args):
         ours.plot(found[rung], [y] * len(found[rung]), "o", color=colour, markersize=4.5, alpha=0.55, markeredgewidth=0)
         ours.plot([mean, mean], [y - 0.3, y + 0.3], color=colour, linewidth=2)
         ours.text(72, y, f"{mean:.1f}", va="center")
-        name = flags_of(rung).removeprefix("--step ").replace(" ", "\n", 1)
+        name = title_of(rung).replace(" ", "\n", 1)
         write(fig, 212, top + (y + 0.5) * row, name, 8 if "\n" in name else 8.5, ha="right", family="monospace")
         if published is not None:
             theirs.plot(published, y, "s", color=look.green, markersize=6)
@@ -345,8 +345,7 @@ def draw_properties(look, args):
                        label=None if i else name)
     uniform = torch.full((65, 65), 1 / 65, dtype=torch.float64)                  # the mask alone, nothing learned
     for attn, mask, y in ((uniform, "no mask", 2), (uniform.tril(), "soft at alpha 0", 45)):
-        values = torch.linalg.svdvals(attn)
-        count = int((values.cumsum(0) / values.sum() < 0.9).sum()) + 1
+        count = singular_values_for(0.9, attn).item()
         left.axhline(count, color=look.quiet, linestyle=":", linewidth=1.2)
         left.text(0.56, y, f"uniform attention, {mask}: {count}", color=look.quiet, fontsize=8.5)
     right.plot([0, 100], [0, 100], ":", color=look.quiet)
@@ -360,17 +359,13 @@ def draw_properties(look, args):
     return fig
 
 
-CURVES = {"shapes-tiny": "shapes: iLLaMA-T, patch size 8", "cifar10-tiny": "CIFAR-10: iLLaMA-T, patch size 8",
-          "cifar10-nano": "CIFAR-10: 6 blocks of width 128, patch size 4"}
-
-
 def draw_curves(look, args):
     """Top-1 over the minutes of training."""
     fig = canvas(330)
     ax = place(fig, 60, 14, 720, 262)
-    for (name, title), colour, mark in zip(CURVES.items(), (look.green, look.orange, look.blue), "s^o"):
+    for (name, (title, _)), colour, mark in zip(RUNS.items(), (look.green, look.blue, look.orange), "so^"):
         minutes, top1 = zip(*((row["time_s"] / 60, row["test_acc1"]) for row in rows(name)))
-        ax.plot(minutes, top1, f"{mark}-", color=colour, markersize=5, label=title)
+        ax.plot(minutes, top1, f"{mark}-", color=colour, markersize=5, label=title.replace("`", ""))
         ax.annotate(f"{top1[-1]:.1f} %", (minutes[-1], top1[-1]), (0, 9), textcoords="offset points", ha="center",
                     color=colour, weight="bold")
     ax.set(xlabel="minutes on 2 CPU cores", ylabel="top-1 on validation images, %", xlim=(0, 21), ylim=(0, 109),
@@ -454,8 +449,7 @@ def draw_attention(look, args):
         size, patch, grid = model.cfg.img_size, model.cfg.patch_size, model.cfg.img_size // model.cfg.patch_size
         source = open_data(args.data, "val", size)
         image = first_images(source, size, "horse" if "horse" in source.classes else source.classes[0], 4)[-1:]
-        maps = model.attention_maps(normalize(image))[:, 0].mean(1)[:, model.cls].squeeze(1)     # depth, N
-        patches = maps[:, :-1] if model.cfg.cls_last else maps[:, 1:]                            # depth, P
+        patches = class_token_attention(model, image)[:, 0]                                      # depth, P
         pixels = image[0].permute(1, 2, 0).numpy() / 255                                         # H, W, 3
         grey = 0.25 + 0.75 * pixels.mean(-1, keepdims=True)                                      # H, W, 1
         y = 30 + row * (side + 26)

@@ -61,6 +61,10 @@ def flags_of(rung):
     return RUNGS[rung].flags or f"--step {rung}"
 
 
+def title_of(rung):
+    return flags_of(rung).removeprefix("--step ")
+
+
 def train(rung, seed, args):
     """A run, from where it stands to its end, in a process of its own. Returns its exit code, or None if not begun."""
     if stop:

@@ -46,7 +46,7 @@ class Subject:
 
     def images(self, source=None):
         """A data set as the model takes it, before normalize()."""
-        return Images(source or self.source, partial(eval_transform, size=self.model.cfg.img_size))
+        return Images(self.source if source is None else source, partial(eval_transform, size=self.model.cfg.img_size))
 
     def batches(self, source=None):
         images = self.images(source)
@@ -138,8 +138,8 @@ def draw_attention(model, images, cell=128):
     pixels = TF.resize(images.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()     # B, 3, cell, cell
     cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels])              # 1 + depth, B, 3, ...
     sheet = Image.new("RGB", ((cell + 2) * len(cells), (cell + 16) * B), "white")
-    for column, images in enumerate(cells):
-        for row, image in enumerate(images):
+    for column, squares in enumerate(cells):
+        for row, image in enumerate(squares):
             text = f"block {column}: {100 * patches[column - 1, row].sum():.0f} %" if column else "image"
             x, y = column * (cell + 2), row * (cell + 16)
             sheet.paste(TF.to_pil_image(image.byte()), (x, y))
@@ -293,6 +293,15 @@ def multiply_accumulates(cfg):
 # The table and the command line
 
 
+def report(row, out):
+    """Print a row, and append it to the file `out` if there is one."""
+    print(json.dumps(row), flush=True)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the row
     "calibration": lambda subject: calibration(*map(torch.cat, zip(*subject.predictions))),
     "rank": lambda subject: attention_rank(subject.model, normalize(subject.sample)),
@@ -332,11 +341,7 @@ def main(argv=None):
             row |= score(subject.predictions, device)
             for name in args.measure:
                 row |= PROPERTIES[name](subject)
-            print(json.dumps(row), flush=True)
-            if args.out:
-                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+            report(row, args.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl
 of the run NAME as train.py left it; published.jsonl has the best epoch of each of the authors' logs whose weights are
-published; bench_* and soak-* are rows of the programs in benchmarks/.
+published; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
 
 A table stands between the marks <!-- NAME --> and <!-- end -->; PARTS says what makes it. Links to lines of code are
 made here, too.
@@ -18,7 +18,7 @@ from statistics import NormalDist, fmean, stdev
 import torch
 
 import model
-from experiments.ladder import RUNGS, flags_of
+from experiments.ladder import RUNGS, flags_of, title_of
 from experiments.properties import multiply_accumulates, singular_values_for
 from model import STEPS, VisionTransformer, config
 from train import parse_flags
@@ -160,8 +160,8 @@ def results_table():
     lines += ["", "| side branch | what it changes | CIFAR-10 top-1, here | against | difference |",
               "|---|---|--:|---|--:|"]
     for rung in [rung for rung in RUNGS if rung not in STEPS]:
-        row, flags = RUNGS[rung], flags_of(rung).removeprefix("--step ")
-        lines.append(f"| `{flags}` | {row.what} | {plus_minus(found[rung])} | `{row.against}` "
+        row = RUNGS[rung]
+        lines.append(f"| `{title_of(rung)}` | {row.what} | {plus_minus(found[rung])} | `{row.against}` "
                      f"| {change(rung, changes, beyond)} |")
     return "\n".join([*lines, "", words])
 
@@ -199,7 +199,7 @@ def shape_table():
     lines = ["| rung | top-1, cues agree | shape bias, cues conflict |", "|---|--:|--:|"]
     for rung in sorted(by_rung("shape-bias"), key=list(RUNGS).index):
         accuracy, bias = (seeds_of("shape-bias", key, rung) for key in ("test_acc1", "shape_bias"))
-        lines.append(f"| `{flags_of(rung).removeprefix('--step ')}` | {plus_minus(accuracy)} % "
+        lines.append(f"| `{title_of(rung)}` | {plus_minus(accuracy)} % "
                      f"| {plus_minus([100 * value for value in bias])} % |")
     return "\n".join(lines)
 
@@ -367,6 +367,9 @@ published models reach 75.0 % (5.7M parameters) to 86.0 % (310M) on ImageNet: th
 def claims_table():
     found, changes, beyond, _ = comparisons()
 
+    def published(rung):
+        return f"{RUNGS[rung].published - RUNGS[RUNGS[rung].against].published:+.1f} points"
+
     def points(rung):
         return f"{changes[rung]:+.1f} points" + ("" if rung in beyond else ", not significant")
 
@@ -379,10 +382,10 @@ def claims_table():
     claims = [
         ("A causal mask with the class token first collapses", "training fails",
          f"{fmean(found['causal']):.1f} %, chance, with every seed; all images get the same logits", "**reproduced**"),
-        ("A post-sequence class token cures it", "71.9 %", f"{fmean(found['ps_cls']):.1f} %", "**reproduced**"),
-        ("SwiGLU improves ViT", "+0.4 points", points("swiglu"), "**reproduced**, and larger after few epochs"),
-        ("RMSNorm improves it further", "+0.2 points", points("rmsnorm"), "not observed at this scale"),
-        ("The causal mask costs accuracy", "-2.6 points", points("ps_cls"), "not observed at this scale"),
+        ("A post-sequence class token cures it", f"{RUNGS['ps_cls'].published} %", f"{fmean(found['ps_cls']):.1f} %", "**reproduced**"),
+        ("SwiGLU improves ViT", published("swiglu"), points("swiglu"), "**reproduced**, and larger after few epochs"),
+        ("RMSNorm improves it further", published("rmsnorm"), points("rmsnorm"), "not observed at this scale"),
+        ("The causal mask costs accuracy", published("ps_cls"), points("ps_cls"), "not observed at this scale"),
         ("The soft mask improves accuracy", "+0.5 points ⁴", points("soft_mask"), "not observed at this scale"),
         ("Causal attention maps have a higher rank", "in most heads",
          f"{ranks[0]:.0f} singular values for 90 % in ViT, {ranks[1]:.0f} in iLLaMA",

@@ -22,6 +22,17 @@ def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
     assert sorted(marks) == sorted(report.PARTS)                             # each once
 
 
+def test_what_the_readme_says_that_commands_print_is_what_they_printed():
+    last = report.rows("shapes-tiny")[-1]
+    assert (f"epoch 3  train loss {last['train_loss']:.4f}  test loss {last['test_loss']:.4f}  top-1 {last['test_acc1']:.2f} %  "
+            f"top-5 {last['test_acc5']:.2f} %  {last['time_images_per_s']:.0f} images/s  {last['time_s']:.0f} s"
+            ) in PAGES["README.md"] and f"{last['n_parameters']:,} parameters" in PAGES["README.md"]
+    for row in report.rows("demo"):
+        assert f"--step {row['step']} --size nano --depth 2 --epochs 1   # top-1 {row['test_acc1']:.2f} %" in PAGES["README.md"]
+    first, *_, before_last, _, _ = next(row["leak"] for row in report.rows("leak") if row["step"] == "soft_mask")
+    assert f"by {first:.2f} % to {before_last:.1f} %" in " ".join(PAGES["README.md"].split())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_that_exist(page):
     links = re.findall(r"(?:\]\(|src=\"|srcset=\")([\w./-]+)", PAGES[page])
