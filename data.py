@@ -1,17 +1,14 @@
-"""Labelled images in, batches out: data sets, transforms, samplers and the loader.
+"""Labelled images in, batches out: data sets, transforms, the order of images and the loader.
 
     train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
     images = Images(train, partial(train_transform, size=32), seed=0)
-    order = TrainSampler(len(train), batch_size=128)
-    for batch, labels, faults in loader(images, order, workers=2):      # uint8 (128, 3, 32, 32), int64 (128,), 128 str
+    batches = train_batches(len(train), batch_size=128)        # which images: lists of (epoch, index)
+    for batch, labels, faults in loader(images, batches, workers=2):    # uint8 (128, 3, 32, 32), int64 (128,), 128 str
         logits = model(normalize(batch))
 
 Every random draw is seeded by its purpose: the order of an epoch of (seed, epoch), the augmentation of an image
 of (seed, epoch, index). So no generator has a state to be saved, and the number of workers changes nothing.
-
-`python data.py --data cifar10` saves a labelled grid of training images, as the model sees them.
 """
-import argparse
 import atexit
 import gc
 import io
@@ -20,14 +17,13 @@ import multiprocessing
 import os
 import random
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
@@ -311,7 +307,7 @@ def mix(images, labels, classes, rng, mixup, cutmix):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading: a sampler yields lists of (epoch, index), a data set turns each into (uint8 tensor, label, fault)
+# Loading: lists of (epoch, index) say what a batch holds, a data set turns each into (uint8 tensor, label, fault)
 
 
 class Images(Dataset):
@@ -339,49 +335,32 @@ class Images(Dataset):
         return Image.new("RGB", (1, 1)), 0, fault
 
 
-class TrainSampler(Sampler):
-    """This rank's micro-batches of a run of so many epochs, from iteration `start` on.
+def train_batches(images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
+    """This rank's micro-batches, lists of (epoch, index), of a run of so many epochs, from iteration `start` on.
 
     Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
     that share it; what is left of the last global batch is dropped.
     """
-
-    def __init__(self, images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
-        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world, self.seed, self.epochs, self.start = rank, world, seed, epochs, start
-        self.per_epoch = images // batch_size                                    # iterations
-
-    def __len__(self):
-        return (self.epochs * self.per_epoch - self.start) * self.accumulate
-
-    def __iter__(self):
-        first, done = divmod(self.start, self.per_epoch)
-        for epoch in range(first, self.epochs):
-            shuffle = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-            order = torch.randperm(self.images, generator=shuffle)[: self.per_epoch * self.batch_size]
-            order = order.view(-1, self.world, self.batch_size // self.accumulate // self.world)
-            for batch in order[done * self.accumulate:, self.rank].tolist():
-                yield [(epoch, index) for index in batch]
-            done = 0
+    per_epoch = images // batch_size                                             # iterations
+    first, done = divmod(start, per_epoch)
+    for epoch in range(first, epochs):
+        shuffle = torch.Generator().manual_seed(seed_of("order", seed, epoch))
+        order = torch.randperm(images, generator=shuffle)[: per_epoch * batch_size]
+        order = order.view(-1, world, batch_size // accumulate // world)
+        for batch in order[done * accumulate:, rank].tolist():
+            yield [(epoch, index) for index in batch]
+        done = 0
 
 
-class EvalSampler(Sampler):
+def eval_batches(images, batch_size, rank=0, world=1):
     """This rank's part of all images, in batches, the last one short: every image once, whatever the ranks."""
-
-    def __init__(self, images, batch_size, rank=0, world=1):
-        self.indices, self.batch_size = range(rank, images, world), batch_size
-
-    def __len__(self):
-        return math.ceil(len(self.indices) / self.batch_size)
-
-    def __iter__(self):
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start: start + self.batch_size]]
+    keys = [(0, index) for index in range(rank, images, world)]
+    return [keys[start: start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
-def loader(images, sampler, workers, device=torch.device("cpu")):
+def loader(images, batches, workers, device=torch.device("cpu")):
     """Batches (uint8 (B, 3, H, W), int64 (B,), B faults), ready to be copied to the device without a wait."""
-    return DataLoader(images, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
+    return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
                       persistent_workers=workers > 0, worker_init_fn=start_worker)
 
 
@@ -521,45 +500,3 @@ class Shapes(Dataset):
         back = dark * slope + darker * (1 - slope)
         image = fill * inside + back * (1 - inside)
         return Image.fromarray((image * 255 + 0.5).astype(np.uint8)), shape
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Look at what goes in
-
-
-def grid(images, classes, rows=6, columns=10, cell=96):
-    """One image of rows x columns images drawn at random, enlarged, each with its label."""
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
-    rng = random.Random("grid")
-    for i in range(rows * columns):
-        pixels, label, _ = images[0, rng.randrange(len(images.source))]
-        x, y = i % columns * cell, i // columns * (cell + 14)
-        sheet.paste(TF.to_pil_image(pixels).resize((cell - 2, cell - 2), Image.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 2, y + cell - 2), classes[label][:15], fill="black")
-    return sheet
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Save a labelled grid of training images, as the model sees them.")
-    parser.add_argument("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder with train/ and val/")
-    parser.add_argument("--split", default="train", choices=("train", "val", "conflict"), help="conflict: shapes-cue's")
-    parser.add_argument("--img-size", type=int, default=32, help="resolution, pixels")
-    parser.add_argument("--rows", type=int, default=6, help="of ten images each")
-    parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as published")
-    parser.add_argument("--out", default="samples.png", help="where the image goes")
-    args = parser.parse_args()
-    transform = partial(eval_transform, size=args.img_size)
-    if args.split == "train" or args.augment:
-        transform = partial(train_transform, size=args.img_size, augment=args.augment)
-    try:
-        if args.img_size < 1:
-            raise ValueError(f"--img-size is {args.img_size}; it must be at least 1")
-        if args.rows < 1:
-            raise ValueError(f"--rows is {args.rows}; it must be at least 1")
-        if args.split == "conflict" and args.data != "shapes-cue":
-            raise ValueError(f"--data {args.data} has no --split conflict: shapes-cue has one")
-        source = open_data(args.data, args.split, args.img_size)
-        grid(Images(source, transform), source.classes, args.rows).save(args.out)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    print(f"{len(source):,} images in {len(source.classes)} classes; a sample of them is in {args.out}")

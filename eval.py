@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from data import EvalSampler, Images, eval_transform, loader, normalize, open_data, read_image
+from data import Images, eval_batches, eval_transform, loader, normalize, open_data, read_image
 from model import build, open_checkpoint, overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,12 +81,9 @@ def evaluate(model, batches, device, dtype=torch.float32, stop=()):
     return result and result | dict(time_images_per_s=result["images"] / max(time.perf_counter() - start, 1e-9))
 
 
-@torch.no_grad()
-def classify(model, image, classes, dtype):
-    """{name: probability} of the five most likely classes of an image (3, H, W), uint8, the most likely first."""
-    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
-        probabilities = model(normalize(image[None])).float().softmax(-1)[0]
-    top = probabilities.topk(min(5, len(classes)))
+def most_likely(logits, classes):
+    """{name: probability} of the five most likely classes, the most likely first; logits (classes,)."""
+    top = logits.softmax(-1).topk(min(5, len(classes)))
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
 
 
@@ -148,7 +145,6 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     parser.add_argument("--image", help="classify this image alone: print its five most likely classes")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
-
     with report_errors():
         args = parse(parser, argv)
         if args.image and args.data:
@@ -164,21 +160,22 @@ def main(argv=None):
                 raise ValueError(f"{args.checkpoint} does not name its {model.cfg.num_classes} classes, so --image "
                                  "cannot: use a checkpoint that train.py wrote")
             classes = classes or torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-            image = Images([(read_image(args.image), 0)], transform)[0, 0][0].to(device)
-            result = classify(model, image, classes, dtype)
+            image = Images([(read_image(args.image), 0)], transform)
+            (logits, _), = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
+            result = most_likely(logits[0], classes)
             text = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
         else:
             val = open_val(args.checkpoint, checkpoint, model, args.data)
-            sampler = EvalSampler(len(val), args.batch_size, rank, world)
-            result = evaluate(model, loader(Images(val, transform), sampler, args.workers, device), device, dtype)
+            batches = eval_batches(len(val), args.batch_size, rank, world)
+            result = evaluate(model, loader(Images(val, transform), batches, args.workers, device), device, dtype)
             r = result = result | describe(model, checkpoint, dtype)
             mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
             text = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
                     f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
                     f"{r['time_images_per_s']:,.0f} images/s")
-    if rank == 0:
-        print(json.dumps(result) if args.json else text)
-    shut_down()
+        if rank == 0:
+            print(json.dumps(result) if args.json else text)
+        shut_down()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +196,8 @@ def report_errors():
         yield
     except Exception as error:
         if isinstance(error, ValueError):
-            if not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):       # a bug, not a refusal
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            if not frame.line.startswith("raise") or "site-packages" in frame.filename:          # a bug, not a refusal
                 raise
             reason = str(error)
         elif isinstance(error, OSError) and error.strerror:
@@ -279,21 +277,6 @@ def local_rank_0_first(function, *args, **kwargs):
             dist.barrier(gloo)
 
 
-def on_rank_0(function, *args):
-    """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError that it raises."""
-    answer = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            answer[0] = function(*args)
-        except ValueError as error:
-            answer[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer, group=gloo)
-    if answer[1]:
-        raise answer[1]
-    return answer[0]
-
-
 def gather(value):
     """What each rank has, by rank."""
     values = [value]
@@ -301,6 +284,20 @@ def gather(value):
         values *= dist.get_world_size()
         dist.all_gather_object(values, value, group=gloo)
     return values
+
+
+def on_rank_0(function, *args):
+    """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError that it raises."""
+    answer = error = None
+    if is_rank_0():
+        try:
+            answer = function(*args)
+        except ValueError as refusal:
+            error = refusal
+    answer, error = gather((answer, error))[0]
+    if error:
+        raise error
+    return answer
 
 
 def shut_down():

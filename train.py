@@ -36,8 +36,8 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (DATASETS, EvalSampler, Images, TrainSampler, class_folders, erase, eval_transform, loader, mix,
-                  normalize, open_data, seed_of, shorten, train_transform)
+from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
+                  open_data, seed_of, shorten, train_batches, train_transform)
 from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, local_rank_0_first, on_rank_0,
                   report_errors, setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
@@ -256,32 +256,32 @@ def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_paramete
 PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
 
+@report_errors()
 def main(argv=None):
     started = time.perf_counter()
-    with report_errors():   # whatever the user can get wrong is found in here, before any work is done
-        given = parse_flags(argv)
-        machine = Machine(**pick(Machine, given))
-        path, checkpoint = find_resume(given)
-        run, recipe, cfg = resolve(given, checkpoint)
-        rank, world, device, dtype = setup(machine.device, run.dtype)
-        run = replace(run, dtype=str(dtype).removeprefix("torch."))
-        state = State(**pick(State, checkpoint or {}))
-        micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
-        train, val = open_splits(run, recipe, checkpoint)
-        check_ranks(run, recipe, cfg, state, train, val)
-        per_epoch = len(train) // recipe.batch_size
-        cfg = replace(cfg, num_classes=len(train.classes))
-        torch.manual_seed(seed_of("weights", run.seed))
-        model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
-        model.to(device)
-        if run.init_from and not checkpoint:
-            notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
-        optimizer = make_optimizer(model, recipe)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        if checkpoint:
-            load_optimizer(optimizer, checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        folder = path.parent if path else on_rank_0(make_folder, machine.out, name_of(run, cfg), "resume" in given)
+    given = parse_flags(argv)            # from here to the folder all is found that the user can get wrong
+    machine = Machine(**pick(Machine, given))
+    path, checkpoint = find_resume(given)
+    run, recipe, cfg = resolve(given, checkpoint)
+    rank, world, device, dtype = setup(machine.device, run.dtype)
+    run = replace(run, dtype=str(dtype).removeprefix("torch."))
+    state = State(**pick(State, checkpoint or {}))
+    micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
+    train, val = open_splits(run, recipe, checkpoint)
+    check_ranks(run, recipe, cfg, state, train, val)
+    per_epoch = len(train) // recipe.batch_size
+    cfg = replace(cfg, num_classes=len(train.classes))
+    torch.manual_seed(seed_of("weights", run.seed))
+    model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
+    model.to(device)
+    if run.init_from and not checkpoint:
+        notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    folder = path.parent if path else on_rank_0(make_folder, machine.out, name_of(run, cfg), "resume" in given)
 
     if machine.recompute:
         recompute_blocks(model)
@@ -293,13 +293,13 @@ def main(argv=None):
         net.broadcast_buffers = False    # they follow from the configuration; the argument's name is changing
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     progress = Progress(recipe, per_epoch, rank)
-    sampler = TrainSampler(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
-                           state.iteration)
     images = Images(train, partial(train_transform, size=cfg.img_size, augment=recipe.augment), run.seed)
-    batches = micro_batches(iter(loader(images, sampler, machine.workers, device)), recipe, cfg.num_classes, run.seed,
+    order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
+                          state.iteration)
+    batches = micro_batches(iter(loader(images, order, machine.workers, device)), recipe, cfg.num_classes, run.seed,
                             state.iteration, accumulate, rank, device, progress)
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
-                         EvalSampler(len(val), micro_batch, rank, world), machine.workers, device)
+                         eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
     n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.soft
     settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
                     train_images=len(train), ranks=world)
@@ -316,13 +316,11 @@ def main(argv=None):
         say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
     if checkpoint and checkpoint["ranks"] != world:
         say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
-    with report_errors():
-        rows = prepare(folder, path, given, settings, state) if rank == 0 else []
+    rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     def save_run(improved=False):
         if rank == 0:
-            with report_errors():
-                save(settings, state, model, optimizer, scaler, folder, improved)
+            save(settings, state, model, optimizer, scaler, folder, improved)
 
     def end_early():
         say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
@@ -355,8 +353,7 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
             loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
             state.unreadable += int(faults)
-            with report_errors():
-                check_health(loss_sum, norm, state, len(train), folder, scaler)
+            check_health(loss_sum, norm, state, len(train), folder, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -373,8 +370,7 @@ def main(argv=None):
         rate, waiting = progress.end()
 
         save_run()                                       # before the evaluation, which may fail
-        with report_errors():
-            result = evaluate(model, val_batches, device, dtype, stop)
+        result = evaluate(model, val_batches, device, dtype, stop)
         if result is None:
             end_early()
         row = metrics_row(run, recipe, cfg, state, per_epoch, per_epoch * accumulate * world, result, n_parameters,
@@ -389,8 +385,7 @@ def main(argv=None):
             state.best_acc1 = row["test_acc1"]
         rows.append(json.dumps(row))
         if rank == 0:
-            with report_errors():
-                write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
         save_run(improved)
 
     say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
@@ -404,11 +399,13 @@ def introduction(run, recipe, cfg, machine, train, val, device, world, micro_bat
     batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
+    usual, ablation = asdict(RECIPES[run.recipe]), flags_of(overrides(cfg, run.size, run.step))
+    changes = flags_of({name: value for name, value in asdict(recipe).items() if value != usual[name]})
     return [
-        f"model   {run.size}, step {run.step}{flags_of(run, cfg)}: {n_parameters:,} parameters, {cfg.img_size} x "
-        f"{cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}",
+        f"model   {run.size}, step {run.step}{ablation}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} "
+        f"pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}",
         f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes",
-        f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes_of(recipe, run.recipe)}: "
+        f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes}: "
         f"{plural(recipe.epochs, 'epoch')} of {plural(per_epoch, 'iteration')}",
         f"device  {device.type}{threads}, {run.dtype}{extras}"]
 
@@ -472,20 +469,15 @@ def flag(name, value=None):
     return f"--{name.replace('_', '-')}{'' if value is None else f' {value}'}"
 
 
-def flags_of(run, cfg):
-    """The flags that were given on top of the rung."""
-    return "".join(f" {flag(*change)}" for change in overrides(cfg, run.size, run.step).items())
-
-
-def changes_of(recipe, name):
-    """The flags that were given on top of the recipe."""
-    usual = asdict(RECIPES[name])
-    return "".join(f" {flag(key, value)}" for key, value in asdict(recipe).items() if value != usual[key])
+def flags_of(changes):
+    """Fields and their values as they are written on the command line."""
+    return "".join(f" {flag(*change)}" for change in changes.items())
 
 
 def name_of(run, cfg):
     """SIZE-STEP-DATA of a run's folder, with the flags on top of the rung."""
-    return f"{run.size}-{run.step}{flags_of(run, cfg).replace(' --', '-').replace(' ', '-')}-{Path(run.data).name}"
+    changes = flags_of(overrides(cfg, run.size, run.step)).replace(" --", "-").replace(" ", "-")
+    return f"{run.size}-{run.step}{changes}-{Path(run.data).name}"
 
 
 def plural(n, word, s="s"):

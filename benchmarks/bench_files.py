@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision import datasets
 
 from benchmarks.soak import children, look_at
-from data import Images, TrainSampler, eval_transform, loader, open_folder, read_image
+from data import Images, eval_transform, loader, open_folder, read_image, train_batches
 from experiments.properties import report
 
 CONTENDERS = {  # how each opens a folder with train/
@@ -54,10 +54,10 @@ def measure(name, root, args):
     report(dict(contender=name, files=len(source), startup_s=round(startup, 2),
                 added_mb=round((look_at(os.getpid())[0] - before) / 1e6, 1)), args.out)
     images = Images(source, partial(eval_transform, size=16), seed=0)
-    sampler = TrainSampler(len(source), batch_size=256, epochs=100_000)
+    batches = train_batches(len(source), batch_size=256, epochs=100_000)
     start = time.perf_counter()
     due = read = 0
-    for batch, _, faults in loader(images, sampler, args.workers):
+    for batch, _, faults in loader(images, batches, args.workers):
         assert not any(faults)
         read += len(batch)
         seconds = time.perf_counter() - start

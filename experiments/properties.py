@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data import EvalSampler, Images, Shapes, eval_transform, loader, normalize, open_folder, read_image, shorten
+from data import Images, Shapes, eval_batches, eval_transform, loader, normalize, open_folder, read_image, shorten
 from eval import (Parser, add_flags, describe, evaluate, open_model, open_val, parse, predict, report_errors, score,
                   setup)
+from experiments.samples import sheet
 from model import VisionTransformer, masks
 
 
@@ -50,7 +50,7 @@ class Subject:
 
     def batches(self, source=None):
         images = self.images(source)
-        return loader(images, EvalSampler(len(images.source), self.batch_size), self.workers, self.device)
+        return loader(images, eval_batches(len(images.source), self.batch_size), self.workers, self.device)
 
     @cached_property
     def predictions(self):
@@ -131,20 +131,15 @@ def draw_attention(model, images, cell=128):
 
     images (B, 3, H, W), uint8, on the model's device. Returns a PIL image.
     """
-    B, side = len(images), model.cfg.img_size // model.cfg.patch_size
+    side = model.cfg.img_size // model.cfg.patch_size
     patches = class_token_attention(model, images).cpu()                                     # depth, B, P
     light = patches / patches.amax(-1, keepdim=True).clamp(min=1e-12)
     light = F.interpolate(light.unflatten(-1, (side, side)), (cell, cell), mode="nearest")   # depth, B, cell, cell
     pixels = TF.resize(images.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()     # B, 3, cell, cell
-    cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels])              # 1 + depth, B, 3, ...
-    sheet = Image.new("RGB", ((cell + 2) * len(cells), (cell + 16) * B), "white")
-    for column, squares in enumerate(cells):
-        for row, image in enumerate(squares):
-            text = f"block {column}: {100 * patches[column - 1, row].sum():.0f} %" if column else "image"
-            x, y = column * (cell + 2), row * (cell + 16)
-            sheet.paste(TF.to_pil_image(image.byte()), (x, y))
-            ImageDraw.Draw(sheet).text((x + 2, y + cell + 1), text, fill="black")
-    return sheet
+    cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels]).byte()       # 1 + depth, B, 3, ...
+    texts = [["image", *(f"block {block}: {total:.0f} %" for block, total in enumerate(totals, 1))]
+             for totals in (100 * patches.sum(-1)).T.tolist()]                               # B, 1 + depth
+    return sheet([list(zip(*row)) for row in zip(cells.transpose(0, 1), texts)], cell)
 
 
 @torch.no_grad()

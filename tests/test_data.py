@@ -2,7 +2,6 @@
 import math
 import os
 import random
-import runpy
 import shutil
 import sys
 from functools import partial
@@ -16,9 +15,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from data import (FILL, MEAN, OPERATIONS, STD, EvalSampler, Images, Shapes, TrainSampler, erase,
-                  eval_transform, fit, loader, mix, normalize, open_data, rand_augment, read_image,
-                  resized_crop, train_transform)
+from data import (FILL, MEAN, OPERATIONS, STD, Images, Shapes, erase, eval_batches, eval_transform, fit, loader, mix,
+                  normalize, open_data, rand_augment, read_image, resized_crop, train_batches, train_transform)
+from experiments import samples
 
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -332,9 +331,8 @@ def global_batches(images, batch_size, accumulate, world, epoch=0):
     per_rank = []
     for rank in range(world):
         start = epoch * (images // batch_size)
-        sampler = TrainSampler(images, batch_size, accumulate, rank, world, seed=3, epochs=epoch + 1, start=start)
-        micro = list(sampler)
-        assert len(micro) == len(sampler)
+        micro = list(train_batches(images, batch_size, accumulate, rank, world, seed=3, epochs=epoch + 1, start=start))
+        assert len(micro) == images // batch_size * accumulate
         per_rank.append([sum(micro[i: i + accumulate], []) for i in range(0, len(micro), accumulate)])
     batches = [sum(parts, []) for parts in zip(*per_rank)]
     assert all(len(batch) == batch_size for batch in batches)
@@ -358,21 +356,19 @@ def test_every_epoch_has_an_order_of_its_own_and_the_same_each_time():
 
 
 def test_a_run_goes_on_with_the_micro_batches_that_it_would_have_had():
-    whole = list(TrainSampler(103, 12, 2, rank=1, world=3, epochs=3))
+    whole = list(train_batches(103, 12, 2, rank=1, world=3, epochs=3))
     assert len(whole) == 3 * 8 * 2
     for start in (0, 5, 8, 23, 24):
-        left = TrainSampler(103, 12, 2, rank=1, world=3, epochs=3, start=start)
-        assert list(left) == whole[2 * start:] and len(left) == len(whole) - 2 * start
+        left = list(train_batches(103, 12, 2, rank=1, world=3, epochs=3, start=start))
+        assert left == whole[2 * start:] and len(left) == len(whole) - 2 * start
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("images", [1, 10, 11, 12])
 def test_evaluation_takes_each_image_once(images, world):
-    taken = [key for rank in range(world) for batch in EvalSampler(images, 4, rank, world) for key in batch]
-    assert sorted(taken) == [(0, index) for index in range(images)]
-    for rank in range(world):
-        sampler = EvalSampler(images, 4, rank, world)
-        assert len(sampler) == len(list(sampler))
+    batches = [batch for rank in range(world) for batch in eval_batches(images, 4, rank, world)]
+    assert sorted(key for batch in batches for key in batch) == [(0, index) for index in range(images)]
+    assert all(0 < len(batch) <= 4 for batch in batches)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
@@ -387,8 +383,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
 def test_workers_change_nothing():
     source, batches = Shapes("train", 16), []
     for workers in (0, 2):
-        sampler = TrainSampler(40, 8, seed=1)
-        batches.append(list(loader(Images(source, partial(train_transform, size=16)), sampler, workers)))
+        order = train_batches(40, 8, seed=1)
+        batches.append(list(loader(Images(source, partial(train_transform, size=16)), order, workers)))
     for (one, one_labels, _), (two, two_labels, _) in zip(*batches, strict=True):
         assert torch.equal(one, two) and torch.equal(one_labels, two_labels)
         assert one.dtype == torch.uint8
@@ -546,10 +542,8 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("data, split", [("shapes", "train"), ("shapes", "val"), ("shapes-cue", "conflict")])
-def test_the_command_saves_a_grid_of_images(data, split, monkeypatch, tmp_path, capsys):
-    flags = ["--data", data, "--img-size", "16", "--split", split, "--rows", "4", "--out", str(tmp_path / "grid.png")]
-    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
-    runpy.run_module("data", run_name="__main__")
+def test_the_command_saves_a_grid_of_images(data, split, tmp_path, capsys):
+    samples.main(["--data", data, "--img-size", "16", "--split", split, "--rows", "4", "--out", str(tmp_path / "grid.png")])
     sheet = Image.open(tmp_path / "grid.png")
-    assert sheet.size == (960, 440) and len(sheet.getcolors(1 << 24)) > 100
+    assert sheet.size == (980, 448) and len(sheet.getcolors(1 << 24)) > 100
     assert "images in 10 classes" in capsys.readouterr().out

@@ -278,9 +278,9 @@ def test_a_nan_on_one_rank_stops_all_before_it_reaches_the_weights(photos, tmp_p
 def test_a_program_ends_at_once_though_its_workers_ignore_signals(tmp_path):
     (tmp_path / "program.py").write_text("""
 import sys
-from data import Images, Shapes, TrainSampler, eval_transform, loader
+from data import Images, Shapes, eval_transform, loader, train_batches
 images = Images(Shapes("train", 16), lambda image, rng: eval_transform(image, rng, 16))
-batches = iter(loader(images, TrainSampler(400, 8), workers=2))              # held until the interpreter is gone
+batches = iter(loader(images, train_batches(400, 8), workers=2))              # held until the interpreter is gone
 next(batches)
 sys.exit(3)
 """)

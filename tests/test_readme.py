@@ -61,10 +61,10 @@ def test_training_commands_have_flags_that_exist(command):
 
 
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|data\.py|(?:experiments|benchmarks)\.\w+)(.*?)(?:#.*)?$",
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+)(.*?)(?:#.*)?$",
                           COMMANDS, re.M)
-    assert {file for file, _ in commands} == {"eval.py", "data.py", *(f"experiments.{name}" for name in (
-        "ladder", "properties", "compare", "figures", "report")), *(f"benchmarks.{name}" for name in (
+    assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
+        "ladder", "properties", "compare", "figures", "report", "samples")), *(f"benchmarks.{name}" for name in (
             "bench_model", "bench_data", "bench_files", "soak"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
