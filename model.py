@@ -24,10 +24,12 @@ import textwrap
 import zipfile
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -64,9 +66,6 @@ class Config:
                              "choose width and heads that make it even")
         if self.depth > 1000:                                        # 100,000 would be built for minutes
             raise ValueError(f"depth is {self.depth}; it must be at most 1,000")
-        if self.tokens > 2 ** 14 + 1:                                # 2,048 pixels in patches of 16
-            raise ValueError(f"img_size {self.img_size} in patches of {self.patch_size} is {self.tokens:,} tokens, and "
-                             "attention to all of them needs memory for their square: make img_size smaller")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and less than 1")
         if self.mask not in MASKS:
@@ -150,24 +149,26 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(tokens, dim, theta=10000.0):
-    """(2, N, d/2): cosine and sine of the angle t * theta^(-2k/d), for token t and pair of channels k [7].
+    """(2, N, d): what rotate() takes, from the angle t * theta^(-2k/d) for token t and pair of channels k [7].
 
     t is the position in the sequence: patches in raster order over their 2-D grid, the class token like any other.
     """
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)            # d/2
     angle = torch.outer(torch.arange(tokens), frequency)             # N, d/2
-    return torch.stack([angle.cos(), angle.sin()])
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
 
 
 def rotate(x, table):
     """Rotate each pair of adjacent channels by its token's angle, as LLaMA does.
 
-    The product of a query and a key then depends on their relative position only. x: (B, h, N, d), table: (2, N, d/2).
-    (a + ib) * (cos + i sin), written in real numbers and computed in float32.
+    The product of a query and a key then depends on their relative position only. x: (..., N, d), table: (2, N, d).
+    (a + ib) * (cos + i sin) in real numbers, (a, b) * cos + (b, a) * (-sin, sin), computed in float32.
     """
-    cos, sin = table
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # B, h, N, d/2
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    cos, sin = table                                                 # N, d
+    y = x.float()
+    a, b = y.unflatten(-1, (-1, 2)).unbind(-1)                       # ..., N, d/2
+    return (y * cos + torch.stack([b, a], dim=-1).flatten(-2) * sin).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,11 +205,45 @@ class SwiGLU(nn.Module):
 # Attention, block, model
 
 
-class Attention(nn.Module):
-    """Multi-head attention: softmax(q k' / sqrt(d) + attn_bias) * attn_scale, times v.
+class Mask(NamedTuple):
+    """What each query attends to: softmax(q k' / sqrt(d) + attn_bias) * attn_scale, tables (N, N) with a row per query.
 
-    attn_bias and attn_scale are the mask, (N, N) each or None: see masks(). `queries` picks the tokens whose output is
-    computed, by default all: of the last block only the class token is read, and the rest is 6 % of the work.
+    is_causal stands for an attn_bias of -inf above the diagonal. That table is never made: the fused kernels know it,
+    and skip what it hides.
+    """
+    is_causal: bool = False
+    attn_bias: torch.Tensor | None = None
+    attn_scale: torch.Tensor | None = None
+
+
+# `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay in
+# its denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score)
+# instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+MASKS = {  # name: function of future(), which makes the table of the later keys, the class token's row, and alpha
+    "none": lambda future, cls, alpha: Mask(),
+    "causal": lambda future, cls, alpha: Mask(is_causal=True),
+    "modified": lambda future, cls, alpha: Mask(attn_bias=fill(future() & ~cls, -math.inf)),
+    "soft": lambda future, cls, alpha: Mask(attn_scale=fill(future(), alpha, elsewhere=1.0)),
+    "soft_log": lambda future, cls, alpha: (
+        Mask(attn_bias=fill(future(), math.log(alpha))) if alpha else Mask(is_causal=True)),
+}
+
+
+def make_mask(cfg, alpha=0.0, device=None):
+    place = torch.arange(cfg.tokens, device=device)                  # made on the device: nothing is copied to it
+    cls = (place == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]            # N, 1: the class token as the query
+    return MASKS[cfg.mask](lambda: place > place[:, None], cls, alpha)
+
+
+def fill(future, value, elsewhere=0.0):
+    return torch.full(future.shape, elsewhere, device=future.device).masked_fill(future, value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: weights that the mask says, times v.
+
+    `queries` picks the tokens whose output is computed, all or the class token: of the last block only the class token
+    is read, and the rest is 6 % of the work.
     """
 
     def __init__(self, cfg):
@@ -219,27 +254,33 @@ class Attention(nn.Module):
 
     def qkv_heads(self, x, rope):
         """x: (B, N, D) -> q, k and v: (B, h, N, d), q and k rotated."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))  # 2 + 1, B, h, N, d
+        if rope is None:
+            return *qk, *v
+        return *rotate(qk, rope), *v.contiguous()    # a view would hold the memory of the unrotated q and k as well
 
-    def attention_map(self, q, k, attn_bias, attn_scale):
-        """(B, h, M, N): what multiplies the values. Rows sum to 1 unless there is an attn_scale."""
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if attn_bias is not None:
-            scores = scores + attn_bias
-        attn = scores.softmax(dim=-1)
-        return attn if attn_scale is None else attn * attn_scale
-
-    def forward(self, x, rope, attn_bias, attn_scale, queries=slice(None)):
+    def forward(self, x, rope, mask, queries=slice(None)):
         q, k, v = self.qkv_heads(x, rope)
         q = q[:, :, queries]                                         # B, h, M, d
-        attn_bias, attn_scale = (m if m is None else m[queries].type_as(q) for m in (attn_bias, attn_scale))
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # here the fused kernel is slower than two matmuls
-        if attn_scale is None and not slow:                          # nothing after the softmax: one fused kernel
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)
-        else:
-            y = self.attention_map(q, k, attn_bias, attn_scale) @ v
+        attn_bias, attn_scale = (m if m is None else m[queries].type_as(q) for m in (mask.attn_bias, mask.attn_scale))
+        if attn_scale is None:                                       # nothing after the softmax: one fused kernel
+            is_causal = mask.is_causal and queries != slice(-1, None)            # the last query attends to all keys
+            y = F.scaled_dot_product_attention(q, k, v, attn_bias, is_causal=is_causal)
+        else:                                                        # backward needs the weights, not their product
+            attn = attention_weights(q, k, attn_bias)
+            y = torch.utils.checkpoint.checkpoint(scaled_sum, attn, attn_scale, v, use_reentrant=False,
+                                                  preserve_rng_state=False)
         return self.proj(y.transpose(1, 2).flatten(2))               # B, M, D
+
+
+def attention_weights(q, k, attn_bias):
+    """q (B, h, M, d), k (B, h, N, d) -> (B, h, M, N): softmax(q k' / sqrt(d) + attn_bias), whose rows sum to 1."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (scores if attn_bias is None else scores + attn_bias).softmax(dim=-1)
+
+
+def scaled_sum(attn, attn_scale, v):
+    return (attn * attn_scale) @ v                                   # B, h, M, d
 
 
 class Block(nn.Module):
@@ -253,37 +294,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(cfg.width) if cfg.swiglu else MLP(cfg.width)
         self.drop_path = StochasticDepth(drop_path, mode="row")      # an independent draw for each sample and branch
 
-    def forward(self, x, rope, attn_bias, attn_scale, queries=slice(None)):
-        x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, attn_bias, attn_scale, queries))
+    def forward(self, x, rope, mask, queries=slice(None)):
+        x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, mask, queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))           # B, M, D
 
 
 def norm(cfg):
     return RMSNorm(cfg.width) if cfg.rmsnorm else nn.LayerNorm(cfg.width, eps=1e-6)
-
-
-def masks(cfg, alpha=0.0, device=None):
-    """attn_bias, added before the softmax, and attn_scale, multiplied after it: (N, N) or None. Row i is query i."""
-    place = torch.arange(cfg.tokens, device=device)                  # made on the device: nothing is copied to it
-    future = place > place[:, None]                                  # N, N: keys after the query
-    cls = (place == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]            # N, 1: the class token as the query
-    return MASKS[cfg.mask](future, cls, alpha)
-
-
-def fill(future, value, elsewhere=0.0):
-    return torch.full(future.shape, elsewhere, device=future.device).masked_fill(future, value)
-
-
-# `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay in
-# its denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score)
-# instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
-MASKS = {  # name: function of the keys that are in the future, the class token's row, and alpha
-    "none": lambda future, cls, alpha: (None, None),
-    "causal": lambda future, cls, alpha: (fill(future, -math.inf), None),
-    "modified": lambda future, cls, alpha: (fill(future & ~cls, -math.inf), None),
-    "soft": lambda future, cls, alpha: (None, fill(future, alpha, elsewhere=1.0)),
-    "soft_log": lambda future, cls, alpha: (fill(future, math.log(alpha) if alpha else -math.inf), None),
-}
 
 
 class PatchEmbed(nn.Module):
@@ -312,16 +329,24 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(cfg.width, cfg.num_classes)
         self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's position in the sequence
 
-        # What can be computed is not stored: none of these is in the state dict.
+        self.mask = make_mask(cfg)                                   # the largest first: if too large, it fails here
         rope = rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None
-        attn_bias, attn_scale = masks(cfg)
-        for name, table in (("rope", rope), ("attn_bias", attn_bias), ("attn_scale", attn_scale)):
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("rope", rope, persistent=False)         # can be computed, so is not in the state dict
 
         self.apply(init_weights)
         for p in (self.cls_token, self.pos_embed):
             if p is not None:
                 nn.init.trunc_normal_(p, std=0.02)
+
+    @property
+    def mask(self):
+        return Mask(self.is_causal, self.attn_bias, self.attn_scale)
+
+    @mask.setter
+    def mask(self, mask):
+        self.is_causal = mask.is_causal
+        self.register_buffer("attn_bias", mask.attn_bias, persistent=False)
+        self.register_buffer("attn_scale", mask.attn_scale, persistent=False)
 
     def set_soft_mask(self, alpha):
         """The factor of the attention to later tokens: 1 is bidirectional, 0 (as built) the mask's final form."""
@@ -329,9 +354,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
             raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
-        for mask, values in zip((self.attn_bias, self.attn_scale), masks(self.cfg, alpha, self.cls_token.device)):
-            if mask is not None:
-                mask.copy_(values)   # in place: a compiled model uses it without being compiled again
+        self.mask = make_mask(self.cfg, alpha, self.cls_token.device)
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
@@ -352,17 +375,19 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         for i, block in enumerate(self.blocks, 1):
             last = i == len(self.blocks)
-            x = block(x, self.rope, self.attn_bias, self.attn_scale, queries if last else slice(None))
+            x = block(x, self.rope, self.mask, queries if last else slice(None))
         return self.norm(x)
 
     def attention_maps(self, images):
         """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
         x, maps = self.embed(images), []
+        place = torch.arange(x.shape[1], device=x.device)
+        attn_bias = fill(place > place[:, None], -math.inf) if self.is_causal else self.attn_bias
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
-            maps.append(block.attn.attention_map(q, k, self.attn_bias, self.attn_scale))
-            x = block(x, self.rope, self.attn_bias, self.attn_scale)
-        return torch.stack(maps)
+            maps.append(attention_weights(q, k, attn_bias))
+            x = block(x, self.rope, self.mask)
+        return torch.stack(maps) * (1 if self.attn_scale is None else self.attn_scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from data import Images, Shapes, eval_batches, eval_transform, loader, normalize
 from eval import (Parser, add_flags, describe, evaluate, open_model, open_val, parse, predict, report_errors, score,
                   setup)
 from experiments.samples import sheet
-from model import VisionTransformer, masks
+from model import VisionTransformer, make_mask
 
 
 @dataclass
@@ -277,9 +277,10 @@ def multiply_accumulates(cfg):
     ends = model.patch_embed.proj.weight.numel() * (N - 1) + model.head.weight.numel()
     block = N * (4 * D ** 2 + mlp) + 2 * N ** 2 * D
     last = 3 * N * D ** 2 + D ** 2 + mlp + 2 * N * D                 # q, k and v of all tokens, the rest of one
-    attn_bias, attn_scale = masks(cfg)
-    hidden = 0 if attn_bias is None else 2 * D * int(attn_bias.isinf().sum())
-    hidden += 0 if attn_scale is None else D * int((attn_scale == 0).sum())
+    mask = make_mask(cfg)
+    hidden = D * N * (N - 1) if mask.is_causal else 0
+    hidden += 0 if mask.attn_bias is None else 2 * D * int(mask.attn_bias.isinf().sum())
+    hidden += 0 if mask.attn_scale is None else D * int((mask.attn_scale == 0).sum())
     return dict(published=ends + cfg.depth * block, as_run=ends + (cfg.depth - 1) * block + last,
                 causal=ends + (cfg.depth - 1) * (block - hidden) + last)
 

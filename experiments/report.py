@@ -40,11 +40,11 @@ LADDER = {  # rung: its formula, and where it stands
     "vit": ("x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
     "swiglu": ("W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
     "rmsnorm": ("x / √(mean(x²) + ε) · w", model.RMSNorm),
-    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.masks),
+    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.Mask),
     "ps_cls": ("[patch₁ … patch_P, cls]", VisionTransformer.embed),
     "rope": ("(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
     "abs_pos": ("x + pos", VisionTransformer.embed),
-    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.masks),
+    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.Mask),
 }
 
 
