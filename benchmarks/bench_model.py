@@ -165,7 +165,7 @@ def main():
         dense = multiply_accumulates(config(size, img_size=img_size))["published"]
         work, peak = (6 if train else 2) * dense, statistics.median(peaks[dtype])
         row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
-                   ranks=world, training=train, images_per_s=round(rate, 2),
+                   ranks=world, training=train, images_per_s=round(rate, 3),
                    peak=round(rate * work / peak, 3), matmul_gflops=round(peak / 1e9),
                    **memory[key])
         if rank == 0:

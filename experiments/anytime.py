@@ -1,0 +1,270 @@
+"""Read an image row by row, as it arrives, and ask for the answer at any moment. What was read is not computed again.
+
+    python -m experiments.anytime read out/a --image cat.jpg             # what it says after each row of patches
+    python -m experiments.anytime train --step abs_pos --out out/b       # train.py, half of the batches cut after a row
+    python -m experiments.anytime measure out/a out/b --out out/rows.jsonl   # accuracy after each row, and early exit
+    python -m experiments.anytime cost                                   # work and time against computing all again
+
+Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with the class token last, patches do not depend on what
+comes after them: their keys and values are kept, and the class token is appended whenever an answer is wanted. It has
+its own learned position and always stands, for RoPE, where it stands after a whole image. With the published `soft`
+mask this cannot be exact: each row of attention weights is divided by a sum over keys that are still to come.
+"""
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import train
+from data import Images, eval_batches, eval_transform, loader, normalize, read_image
+from eval import (Parser, add_flags, describe, most_likely, open_model, open_val, parse, report_errors, setup,
+                  stop_on_signals)
+from experiments.properties import report
+from model import Mask, VisionTransformer, config
+
+
+def side_of(cfg):
+    """Rows of patches in an image, and patches in a row."""
+    return cfg.img_size // cfg.patch_size
+
+
+class Reader:
+    """Reads images from the top, any number of rows of patches at a time, and answers after any of them.
+
+        reader = Reader(model)
+        reader.read(images[:, :, :16])        # the first row of patches of 16 pixels, (B, 3, 16, W)
+        logits = reader.answer()              # (B, classes), what the model gives for this row alone
+
+    ValueError if the model's mask is not exactly causal, its class token not last, or a row is not there.
+    """
+
+    def __init__(self, model):
+        if not (model.is_causal and model.cfg.cls_last):
+            raise ValueError(f"reading row by row needs a class token at the end and an exactly causal mask, not "
+                             f"{model.cfg.mask!r}: use a model with mask causal, or soft_log at alpha 0")
+        self.model, self.count = model, 0                            # patches read
+        self.cache = [()] * len(model.blocks)                        # for each block keys and values, (B, h, count, d)
+
+    def read(self, strip):
+        """The next rows of patches: normalized pixels (B, 3, rows * patch_size, img_size)."""
+        cfg, rows = self.model.cfg, strip.shape[2] // self.model.cfg.patch_size
+        end = self.count + rows * side_of(cfg)
+        if strip.shape[1:] != (3, rows * cfg.patch_size, cfg.img_size) or not self.count < end < cfg.tokens:
+            raise ValueError(f"pixels {tuple(strip.shape)} after {self.count // side_of(cfg)} rows of patches: this model's "
+                             f"images have {side_of(cfg)} rows of (B, 3, {cfg.patch_size}, {cfg.img_size})")
+        x = self.model.patch_embed(strip)                            # B, n, D
+        self.through_blocks(x, slice(self.count, end), keep=True)
+        self.count = end
+
+    def answer(self):
+        """Logits (B, classes) for what has been read. ValueError if that is nothing."""
+        if not self.count:
+            raise ValueError("nothing has been read: there is no answer before the first row")
+        cls = self.model.cls_token.expand(len(self.cache[0][0]), -1, -1)                 # B, 1, D
+        x = self.through_blocks(cls, slice(-1, None), keep=False)
+        return self.model.head(self.model.norm(x)).squeeze(1)
+
+    def through_blocks(self, x, place, keep):
+        """Tokens x (B, n, D) at a place of the sequence, after those read: each attends to these and up to itself."""
+        model, n = self.model, x.shape[1]
+        x = x if model.pos_embed is None else x + model.pos_embed[:, place]
+        rope = None if model.rope is None else model.rope[:, place]
+        attn_bias = torch.full((n, self.count + n), -torch.inf, device=x.device).triu(1 + self.count)
+        for i, block in enumerate(model.blocks):
+            q, k, v = block.attn.qkv_heads(block.norm1(x), rope)     # B, h, n, d
+            if self.cache[i]:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(self.cache[i], (k, v)))   # B, h, count + n, d
+            if keep:
+                self.cache[i] = k, v
+                if block is model.blocks[-1]:                        # of its output only the class token's is ever read
+                    return None
+            y = F.scaled_dot_product_attention(q, k, v, attn_bias.type_as(q))
+            x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
+        return x
+
+
+def on_rows(model, images, rows):
+    """Logits of the model run on the first rows of patches alone, whatever its mask: (B, 3, H, W) -> (B, classes)."""
+    side = side_of(model.cfg)
+    if not 1 <= rows <= side:
+        raise ValueError(f"there is no row {rows}: this model's images have rows 1 to {side}")
+    patches = range(rows * side) if model.cfg.cls_last else range(1, rows * side + 1)
+    keep = [*patches, side * side] if model.cfg.cls_last else [0, *patches]
+    x, rope = model.embed(images)[:, keep], None if model.rope is None else model.rope[:, keep]
+    mask = Mask(model.is_causal, *(m if m is None else m[keep][:, keep] for m in (model.attn_bias, model.attn_scale)))
+    for block in model.blocks:
+        x = block(x, rope, mask, model.cls if block is model.blocks[-1] else slice(None))
+    return model.head(model.norm(x)).squeeze(1)
+
+
+def train_on_prefixes(argv):
+    """train.py, where in training every second batch, by chance, is cut after a random row. Its loop seeds the draw."""
+    whole = VisionTransformer.forward
+
+    def forward(self, images):
+        if not self.training or torch.rand(()) < 0.5:
+            return whole(self, images)
+        return on_rows(self, images, int(torch.randint(1, side_of(self.cfg), ())))
+    VisionTransformer.forward = forward
+    stop_on_signals()
+    train.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracy after each row, and early exit
+
+
+@torch.no_grad()
+def logits_by_row(model, batches, device):
+    """Logits after each row of patches (rows, n, classes), and labels (n,), on the CPU. ValueError if an image cannot
+    be read."""
+    logits, labels = [], []
+    for images, targets, faults in batches:
+        if any(faults):
+            raise ValueError(next(filter(None, faults)))
+        images = normalize(images.to(device))
+        logits.append(torch.stack([on_rows(model, images, 1 + row) for row in range(side_of(model.cfg))]).cpu())
+        labels.append(targets)
+    return torch.cat(logits, dim=1), torch.cat(labels)
+
+
+def work(cfg, rows, answers):
+    """Multiply-accumulates of reading so many rows of an image and answering after those in `answers`. All rows and one
+    answer are those of the ordinary forward pass, less what its mask hides."""
+    with torch.device("meta"):
+        block = VisionTransformer(cfg).blocks[0]
+    D, row = cfg.width, side_of(cfg)
+    mlp = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
+    patches = rows * row
+    reading = patches * (3 * cfg.patch_size ** 2 * D + 3 * D ** 2)           # embedding; q, k and v of the last block
+    reading += (cfg.depth - 1) * (patches * (4 * D ** 2 + mlp) + D * patches * (patches + 1))
+    return reading + sum(cfg.depth * (4 * D ** 2 + mlp + 2 * D * (n * row + 1)) + D * cfg.num_classes for n in answers)
+
+
+def stop_early(logits, labels, threshold, cost):
+    """(accuracy in percent, mean rows read, mean cost) if reading ends once the largest probability is above a threshold.
+
+    logits (rows, n, classes), labels (n,), cost (rows,): that of stopping after each row.
+    """
+    sure, guess = logits.softmax(-1).max(-1)                                             # rows, n
+    done = sure > threshold
+    done[-1] = True
+    row = done.float().argmax(0)                                                         # n: the first that is
+    hits = guess.gather(0, row[None])[0] == labels
+    return 100 * hits.float().mean().item(), 1 + row.float().mean().item(), cost[row].mean().item()
+
+
+def early_exit(logits, labels, cfg, loss=0.5):
+    """The lowest threshold that costs at most `loss` points of accuracy on the images of even index, and what it gives
+    on the others; beside it (accuracy, rows, work) there for a range of thresholds. Work is relative to one ordinary
+    forward pass, and includes an answer after each row read."""
+    side = side_of(cfg)
+    once = work(cfg, side, [side])
+    cost = torch.tensor([work(cfg, rows, range(1, rows + 1)) / once for rows in range(1, side + 1)])
+    chosen_on, others = ((logits[:, start::2], labels[start::2]) for start in (0, 1))
+    thresholds = [i / 100 for i in range(10, 100)] + [0.995, 0.999, 1.0]
+    whole = stop_early(*chosen_on, 1.0, cost)[0]
+    best = next(t for t in thresholds if stop_early(*chosen_on, t, cost)[0] >= whole - loss)
+    accuracy, rows, spent = stop_early(*others, best, cost)
+    return dict(threshold=best, exit_acc1=accuracy, exit_rows=rows, exit_work=spent,
+                whole_acc1=stop_early(*others, 1.0, cost)[0],
+                curve=[[round(value, 4) for value in stop_early(*others, t, cost)] for t in thresholds[::5]])
+
+
+def measure(argv):
+    parser = Parser(prog="python -m experiments.anytime measure", allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", help="runs' folders or their checkpoints")
+    add_flags(parser)
+    parser.add_argument("--out", help="append the rows to this file")
+    args = parse(parser, argv)
+    _, world, device, _ = setup(args.device, "float32")
+    if world > 1:
+        raise ValueError("rows are measured in one process: use python, not torchrun")
+    for source in args.checkpoints:
+        model, checkpoint = open_model(source, device, args.soft_mask)
+        val = open_val(source, checkpoint, model, args.data)
+        images = Images(val, partial(eval_transform, size=model.cfg.img_size))
+        batches = loader(images, eval_batches(len(val), args.batch_size), args.workers, device)
+        logits, labels = logits_by_row(model, batches, device)
+        by_row = [100 * (guess == labels).float().mean().item() for guess in logits.argmax(-1)]
+        folder = Path(source).parent if Path(source).is_file() else Path(source)
+        row = describe(model, checkpoint, torch.float32)
+        row |= dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row)
+        report(row | (early_exit(logits, labels, model.cfg) if model.is_causal else {}), args.out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One image, and what reading costs
+
+
+@torch.no_grad()
+def read(argv):
+    parser = Parser(prog="python -m experiments.anytime read", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a run's folder or its checkpoint")
+    parser.add_argument("--image", required=True, help="the image to read")
+    parser.add_argument("--rows", type=int, help="stop after so many rows of patches; default: all")
+    parser.add_argument("--soft-mask", type=float, help="alpha, for the checkpoint's")
+    args = parser.parse_args(argv)
+    model, checkpoint = open_model(args.checkpoint, torch.device("cpu"), args.soft_mask)
+    reader, patch, side = Reader(model), model.cfg.patch_size, side_of(model.cfg)
+    if args.rows is not None and not 1 <= args.rows <= side:
+        raise ValueError(f"--rows {args.rows}: this model's images have rows 1 to {side}")
+    if checkpoint["classes"] is None:
+        raise ValueError(f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
+    transform = partial(eval_transform, size=model.cfg.img_size)
+    image = normalize(Images([(read_image(args.image), 0)], transform)[0, 0][0][None])
+    for row in range(args.rows or side):
+        reader.read(image[:, :, row * patch: (row + 1) * patch])
+        (name, probability), *_ = most_likely(reader.answer()[0], checkpoint["classes"]).items()
+        print(f"row {row + 1:2} of {side}  {100 * probability:5.1f} %  {name}", flush=True)
+
+
+@torch.no_grad()
+def cost(argv):
+    """Size T with fresh weights, an answer after each row: by Reader, and by running the model on all rows again."""
+    parser = Parser(prog="python -m experiments.anytime cost", allow_abbrev=False)
+    parser.add_argument("--img-sizes", nargs="+", type=int, default=[224, 512])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", help="append the rows to this file")
+    args = parser.parse_args(argv)
+    for img_size in args.img_sizes:
+        model = VisionTransformer(config("tiny", "abs_pos", img_size=img_size)).eval()
+        cfg, side, patch = model.cfg, side_of(model.cfg), model.cfg.patch_size
+        image, seconds = torch.randn(1, 3, img_size, img_size), {"reader": [], "again": [], "once": []}
+
+        def by_reader():
+            reader = Reader(model)
+            for row in range(side):
+                reader.read(image[:, :, row * patch: (row + 1) * patch])
+                reader.answer()
+        ways = dict(reader=by_reader, again=lambda: [on_rows(model, image, 1 + row) for row in range(side)],
+                    once=lambda: model(image))
+        for _ in range(args.repeats):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - start)
+        macs = dict(reader=work(cfg, side, range(1, side + 1)), once=work(cfg, side, [side]),
+                    again=sum(work(cfg, rows, [rows]) for rows in range(1, side + 1)))
+        report(dict(img_size=img_size, rows=side, macs=macs,
+                    time_s={name: round(statistics.median(taken), 4) for name, taken in seconds.items()}), args.out)
+
+
+COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read, cost=cost)
+
+
+@report_errors()
+def main(argv=None):
+    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if name not in COMMANDS:
+        raise ValueError(f"give a command, one of {', '.join(COMMANDS)}, and its flags; COMMAND --help lists them")
+    COMMANDS[name](flags)
+
+
+if __name__ == "__main__":
+    main()
