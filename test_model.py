@@ -293,6 +293,26 @@ def test_every_rung_trains_an_iteration_with_finite_gradients_everywhere(rung):
     assert F.cross_entropy(model.eval()(images), labels) < before
 
 
+@pytest.mark.parametrize("rung, alpha, maps", [("vit", None, 0), ("abs_pos", None, 0), ("soft_log", 0.0, 0), ("soft_mask", 0.5, 2)])
+def test_backward_keeps_one_attention_map_per_block_under_soft_and_else_none(rung, alpha, maps):
+    net, saved = build(rung, alpha, depth=3).train(), {}
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.shape[1:]
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net(hashed_images(2)).sum()                                   # held, or addresses would be used again
+    maps_of = [shape for shape in saved.values() if shape[-2:] == (17, 17)]  # B, h, N, N; the last block has one query
+    assert len(maps_of) == maps
+    loss.backward()
+
+
+@pytest.mark.parametrize("fields", [dict(step="abs_pos"), dict(mask="soft_log"), dict(step="vit")])
+def test_without_a_soft_mask_there_is_no_table_of_all_pairs(fields):
+    net = VisionTransformer(config("nano", depth=1, img_size=2048, patch_size=16, **fields))       # 16,385 tokens
+    assert net.mask.attn_bias is None and net.mask.attn_scale is None and net.mask.is_causal == (fields != dict(step="vit"))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1e-4, 1.0])
 def test_gradients_are_finite_over_the_whole_range_of_soft_log(alpha):
     model = build("soft_log", alpha)

@@ -120,7 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS,
                         default=["timm vit", "vit", "causal", "soft", "soft_log", "soft recompute"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="float32 and bfloat16, which some CPUs emulate")
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16], help="images a step on one rank")

@@ -23,7 +23,7 @@ from data import Shapes, eval_transform, normalize, open_data
 from eval import Parser, report_errors
 from experiments.ladder import RUNGS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.report import RUNS, climbed, rows, seeds_of
+from experiments.report import READ, RUNS, climbed, read_by, rows, seeds_of
 from model import STEPS, Config, VisionTransformer, build, open_checkpoint
 
 try:
@@ -374,6 +374,32 @@ def draw_curves(look, args):
     return fig
 
 
+def draw_anytime(look, args):
+    """Accuracy after each row of patches, and of stopping early against the work that it takes; a line per seed."""
+    fig = canvas(390)
+    left, right = place(fig, 60, 34, 320, 262), place(fig, 460, 34, 320, 262)
+    forms = dict(zip(READ, (dict(color=look.text, linestyle="--"), dict(color=look.blue),
+                            dict(color=look.orange, alpha=0.35, linewidth=5, zorder=1), dict(color=look.green))))
+    for name, title in READ.items():
+        for seed, accuracy in enumerate(read_by(name, "acc1_by_row")):
+            left.plot(range(1, len(accuracy) + 1), accuracy, **dict(linewidth=1.3, marker="o", markersize=3) | forms[name],
+                      label=None if seed else title)
+    for name in ("causal-3", "prefixes-3", "prefixes-10"):
+        for curve in read_by(name, "curve"):
+            accuracy, _, work = zip(*curve)
+            right.plot(work, accuracy, linewidth=1.3, **forms[name])
+        right.plot(read_by(name, "exit_work"), read_by(name, "exit_acc1"), "D", markersize=6, markeredgecolor=look.back,
+                   color=forms[name]["color"], zorder=4)
+    right.axvline(1, color=look.quiet, linestyle=":", linewidth=1.2)
+    right.text(0.985, 14, "one forward pass", color=look.quiet, fontsize=8.5, rotation=90, ha="right", va="bottom")
+    left.set(xlabel="rows of patches read", ylabel="CIFAR-10 top-1, %", xticks=range(1, 9), ylim=(10, 75),
+             title="after each row, a line per seed")
+    right.set(xlabel="mean work, relative to one forward pass", ylim=(10, 75), xlim=(0, 1.2),
+              title="early exit; diamonds: the threshold chosen")
+    fig.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, 0.005))
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the trained models of experiments/ladder.py
 
@@ -478,7 +504,7 @@ def draw_attention(look, args):
 
 
 FIGURES = dict(masks=draw_masks, blocks=draw_blocks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
-               properties=draw_properties, curves=draw_curves, leak=draw_leak, attention=draw_attention)
+               properties=draw_properties, curves=draw_curves, anytime=draw_anytime, leak=draw_leak, attention=draw_attention)
 TRAINED = dict(leak=("soft_mask", "soft_log", "ps_cls"), attention=tuple(ATTENTION_ROWS))        # rungs that they need
 SMOOTH = ("shapes", "conflict")                             # their gradients need more than 256 colours
 

@@ -1,9 +1,10 @@
 """The tables of README.md and docs/, made from the rows in results/: python -m experiments.report
 
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
-those of experiments/properties.py on its runs, leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl
-of the run NAME as train.py left it; published.jsonl has the best epoch of each of the authors' logs whose weights are
-published; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
+those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
+leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
+published.jsonl has the best epoch of each of the authors' logs whose weights are published; demo.jsonl the two runs of
+the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
 
 A table stands between the marks <!-- NAME --> and <!-- end -->; PARTS says what makes it. Links to lines of code are
 made here, too.
@@ -215,6 +216,42 @@ def int8_table():
     return "\n".join(lines)
 
 
+READ = {  # name of the runs, less their seed: how they were trained
+    "causal-3": "causal, whole images, 3 epochs", "prefixes-3": "causal, prefixes, 3 epochs",
+    "bidirectional-3": "bidirectional, prefixes, 3 epochs", "prefixes-10": "causal, prefixes, 10 epochs"}
+
+
+def read_by(name, key):
+    """What each seed of such runs has."""
+    return [row[key] for row in rows("anytime") if row["run"].rpartition("-")[0] == name]
+
+
+def anytime_table():
+    count = len(rows("anytime")[0]["acc1_by_row"])
+    lines = [f"| top-1, %, after row | {' | '.join(map(str, range(1, count + 1)))} |", "|---|" + "--:|" * count]
+    for name, title in READ.items():
+        cells = [plus_minus(values) for values in zip(*read_by(name, "acc1_by_row"))]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", "| early exit | all rows, top-1 | early exit, top-1 | rows read | work |", "|---|--:|--:|--:|--:|"]
+    for name, title in READ.items():
+        if name != "bidirectional-3":
+            whole, early, read, work = (read_by(name, key) for key in ("whole_acc1", "exit_acc1", "exit_rows", "exit_work"))
+            lines.append(f"| {title} | {plus_minus(whole)} % | {plus_minus(early)} % | {plus_minus(read, 2)} of {count} "
+                         f"| {plus_minus(work, 2)} x |")
+    return "\n".join(lines)
+
+
+def reading_table():
+    lines = ["| size T, an answer after each row | rows | work: cached | read again | ratio | seconds: cached | read again "
+             "| ratio | one forward pass |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows("anytime-cost"):
+        macs, time = row["macs"], row["time_s"]
+        lines.append(f"| {row['img_size']} pixels | {row['rows']} | {macs['reader'] / 1e9:.2f} G | {macs['again'] / 1e9:.2f} G "
+                     f"| {macs['again'] / macs['reader']:.1f} x | {time['reader']:.2f} | {time['again']:.2f} "
+                     f"| {time['again'] / time['reader']:.1f} x | {time['once']:.2f} |")
+    return "\n".join(lines)
+
+
 def macs_table():
     lines = ["| multiply-accumulates | as the authors count | as run | causal at best |", "|---|--:|--:|--:|"]
     for size in ("tiny", "small", "base", "large"):
@@ -222,11 +259,16 @@ def macs_table():
             macs = multiply_accumulates(config(size, img_size=img_size, mask="causal"))
             cells = [f"{count / 1e9:.4f} G" for count in macs.values()]
             lines.append(f"| {size}, {img_size} pixels | {' | '.join(cells)} |")
-    lines += ["", "| inference, size T, float32, eager, batch 4 | bidirectional | `causal` |", "|---|--:|--:|"]
-    found = measured("causal")
-    for img_size in (224, 384, 512):
-        rates = [found[name, "float32", False, img_size, 4]["images_per_s"] for name in ("bidirectional", "causal")]
-        lines.append(f"| {img_size} pixels | {rates[0]:.1f} images/s | {rates[1] / rates[0]:.2f} x |")
+    lines += ["", "| size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional | `causal` "
+              "| activation memory of `causal` |", "|---|--:|--:|--:|--:|--:|"]
+    for img_size in (224, 512, 1024):
+        found = {(row["model"], row["training"]): row for row in rows("bench_model/mask") if row["img_size"] == img_size}
+        cells = []
+        for training in (True, False):
+            rates = [found[name, training]["images_per_s"] for name in ("bidirectional", "causal")]
+            cells += [f"{rates[0]:.2f} images/s", f"{rates[1] / rates[0]:.2f} x"]
+        lines.append(f"| {(img_size // 16) ** 2 + 1:,} tokens ({img_size} pixels) | {' | '.join(cells)} "
+                     f"| {found['causal', True]['saved_mb']:,.0f} MB |")
     return "\n".join(lines)
 
 
@@ -236,7 +278,7 @@ def macs_table():
 
 NAMES = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T", "torchvision base": "torchvision's vit_b_16",
          "soft base": "iLLaMA-B, mask `soft`", "soft recompute": "iLLaMA-T, mask `soft`, `--recompute`"}
-COLUMNS = [(dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
+COLUMNS = [("float32", False), ("float32", True)]
 
 
 def measured(run):
@@ -253,7 +295,7 @@ def ratios(heading, run, names, *inputs):
     """A table of images/s: that of the first of the names, and the others' as multiples of it."""
     found = measured(run)
     titles = [f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in COLUMNS]
-    lines = [f"| {heading} | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    lines = [f"| {heading} | {' | '.join(titles)} |", "|---|--:|--:|"]
     for name in names:
         pairs = [[found[(model, *column, *inputs)]["images_per_s"] for model in (name, names[0])] for column in COLUMNS]
         cells = [f"{rate:.1f} images/s" if name == names[0] else f"{rate / peer:.2f} x" for rate, peer in pairs]
@@ -406,7 +448,7 @@ PARTS = dict(
     proved=proved, ladder=ladder_table, results=results_table, claims=claims_table,
     collapse=collapse_table, rank=rank_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     macs=macs_table, runs=runs_table, published=published_table, speed=speed_table, memory=memory_table,
-    growth=growth_table, soak=soak_table, files=files_table)
+    growth=growth_table, anytime=anytime_table, reading=reading_table, soak=soak_table, files=files_table)
 PAGES = ("README.md", "docs/properties.md", "docs/training.md", "docs/speed.md")
 
 

@@ -13,6 +13,7 @@ from experiments import report
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
+COMMANDS = COMMANDS.replace("$FLAGS", re.search(r'^FLAGS="(.*)"$', COMMANDS, re.M)[1]).replace("$seed", "0")
 
 
 def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
@@ -30,7 +31,11 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
     for row in report.rows("demo"):
         assert f"--step {row['step']} --size nano --depth 2 --epochs 1   # top-1 {row['test_acc1']:.2f} %" in PAGES["README.md"]
     first, *_, before_last, _, _ = next(row["leak"] for row in report.rows("leak") if row["step"] == "soft_mask")
-    assert f"by {first:.2f} % to {before_last:.1f} %" in " ".join(PAGES["README.md"].split())
+    text = " ".join(PAGES["README.md"].split())
+    assert f"by {first:.2f} % to {before_last:.1f} %" in text
+    rates = {row["model"]: row["images_per_s"] for row in report.rows("bench_model/mask")
+             if row["img_size"] == 1024 and row["training"]}
+    assert f"at 4,097 tokens `causal` trains [{rates['causal'] / rates['bidirectional']:.1f} times as fast]" in text
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -55,7 +60,8 @@ def test_the_readme_is_short_and_its_code_fits_the_page():
                 assert max(map(len, block.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("command", re.findall(r"^[^`\n]*(?:python|torchrun)[^\n]* train.py(.*?)(?:#.*)?$", COMMANDS, re.M))
+@pytest.mark.parametrize("command", re.findall(r"^[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.anytime train)(.*?)(?:#.*)?$",
+                                               COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse_flags(shlex.split(command))
 
@@ -64,7 +70,7 @@ def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+)(.*?)(?:#.*)?$",
                           COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
-        "ladder", "properties", "compare", "figures", "report", "samples")), *(f"benchmarks.{name}" for name in (
+        "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
             "bench_model", "bench_data", "bench_files", "soak"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
