@@ -259,8 +259,8 @@ def macs_table():
             macs = multiply_accumulates(config(size, img_size=img_size, mask="causal"))
             cells = [f"{count / 1e9:.4f} G" for count in macs.values()]
             lines.append(f"| {size}, {img_size} pixels | {' | '.join(cells)} |")
-    lines += ["", "| size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional | `causal` "
-              "| activation memory of `causal` |", "|---|--:|--:|--:|--:|--:|"]
+    lines += ["", "| size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional "
+              "| `causal` | activation memory of `causal` |", "|---|--:|--:|--:|--:|--:|"]
     for img_size in (224, 512, 1024):
         found = {(row["model"], row["training"]): row for row in rows("bench_model/mask") if row["img_size"] == img_size}
         cells = []
