@@ -134,18 +134,10 @@ def overrides(cfg, size, step):
 # Small parts, each with its formula
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight [6]: LayerNorm without the mean and the bias. Statistics in float32."""
-
-    def __init__(self, dim, eps=1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+def norm(cfg):
+    """LayerNorm, (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, with the statistics of each token's channels; or
+    RMSNorm [6], x / sqrt(mean(x^2) + eps) * weight."""
+    return (nn.RMSNorm if cfg.rmsnorm else nn.LayerNorm)(cfg.width, eps=1e-6)
 
 
 def rope_table(tokens, dim, theta=10000.0):
@@ -297,10 +289,6 @@ class Block(nn.Module):
     def forward(self, x, rope, mask, queries=slice(None)):
         x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, mask, queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))           # B, M, D
-
-
-def norm(cfg):
-    return RMSNorm(cfg.width) if cfg.rmsnorm else nn.LayerNorm(cfg.width, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -515,7 +503,7 @@ def open_checkpoint(source):
     except (KeyError, IndexError, StopIteration) as error:
         raise ValueError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: "
                          "use another file") from error
-    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0, run=dict(dtype="float32"))
+    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0, run=dict(size=size, dtype="float32"))
 
 
 def build(checkpoint):

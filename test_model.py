@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 import model
-from model import (STEPS, Config, RMSNorm, SwiGLU, VisionTransformer, config, load_weights, resize_positions,
+from model import (STEPS, Config, SwiGLU, VisionTransformer, config, load_weights, norm, resize_positions,
                    rope_table, rotate)
 
 # Every rung of the ladder, and the two masks that stand beside it.
@@ -128,12 +128,12 @@ def test_weights_start_as_the_published_ones_do():
 
 
 def test_rmsnorm_divides_by_the_root_mean_square():
-    norm, x = RMSNorm(6), hashed((2, 3, 6), 1)
-    norm.weight.data = hashed((6,), 2)
+    rmsnorm, x = norm(Config(width=6, rmsnorm=True)), hashed((2, 3, 6), 1)
+    rmsnorm.weight.data = hashed((6,), 2)
     expected = torch.empty_like(x)
     for b, t, c in np.ndindex(*x.shape):
-        expected[b, t, c] = x[b, t, c] / math.sqrt(sum(v ** 2 for v in x[b, t].tolist()) / 6 + 1e-6) * norm.weight[c]
-    torch.testing.assert_close(norm(x), expected)
+        expected[b, t, c] = x[b, t, c] / math.sqrt(sum(v ** 2 for v in x[b, t].tolist()) / 6 + 1e-6) * rmsnorm.weight[c]
+    torch.testing.assert_close(rmsnorm(x), expected)
 
 
 def test_swiglu_gates_one_projection_by_the_silu_of_another():

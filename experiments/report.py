@@ -40,7 +40,7 @@ RUNS = {  # name: what it is, and the command that makes it again
 LADDER = {  # rung: its formula, and where it stands
     "vit": ("x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
     "swiglu": ("W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
-    "rmsnorm": ("x / √(mean(x²) + ε) · w", model.RMSNorm),
+    "rmsnorm": ("x / √(mean(x²) + ε) · w", model.norm),
     "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.Mask),
     "ps_cls": ("[patch₁ … patch_P, cls]", VisionTransformer.embed),
     "rope": ("(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),

@@ -244,7 +244,7 @@ init = dist.init_process_group
 dist.init_process_group = functools.partial(init, timeout=datetime.timedelta(seconds=1))       # as NCCL's ten minutes
 rank, *_ = eval.setup("cpu")
 eval.local_rank_0_first(time.sleep, 3 if rank == 0 else 0)
-print(eval.on_rank_0(lambda: time.sleep(3) or "from 0"))
+sys.stdout.write(eval.on_rank_0(lambda: time.sleep(3) or "from 0\\n"))
 """)
     program = (tmp_path / "program.py").read_text()
     (tmp_path / "program.py").write_text(program.replace("import eval\n", "import sys; sys.argv = sys.argv[:1]; import eval\n"))
