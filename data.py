@@ -475,28 +475,45 @@ class Shapes(Dataset):
     def __getitem__(self, index):
         rng = self.rng(index)
         shape, texture = self.shape_and_texture(index, rng)
-        pixel = 2 / self.img_size                                                # the image spans -1 to 1
-        line = np.arange(pixel / 2 - 1, 1, pixel, dtype=np.float32)[: self.img_size]
-        x, y = line[None, :], line[:, None]
-
+        x, y = coordinates(self.img_size, self.img_size)
         # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it in minutes.
-        radius, turn = rng.uniform(0.42, 0.75), math.radians(rng.uniform(-40, 40))
-        room = 1 - radius
-        dx, dy = x - rng.uniform(-room, room), y - rng.uniform(-room, room)
-        dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
-        inside = 0.5 - SHAPES[self.classes[shape]](dx / radius, dy / radius) * radius / pixel
-        inside = np.clip(inside, 0, 1)[..., None]                                # H, W, 1
+        colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.42, 0.75))
+        return to_image(colours * inside + draw_background(rng, x, y) * (1 - inside)), shape
 
-        wave = 2 * math.pi / rng.uniform(0.24, 0.4)                              # 4 to 6.4 pixels a period at 32
-        u, v = wave * (dx - rng.uniform(-.1, .1)), wave * (dy - rng.uniform(-.1, .1))
-        tone = list(TEXTURES.values())[texture](u, v)
-        tone = np.clip(0.5 + tone, 0, 1)[..., None]
 
-        def colour(low, high):
-            return np.array([rng.uniform(low, high) for _ in range(3)], dtype=np.float32)
-        light, middle, dark, darker = colour(0.75, 1), colour(0.45, 0.7), colour(0, 0.25), colour(0, 0.25)
-        fill = middle * tone + light * (1 - tone)
-        slope = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))[..., None] / 4 + 0.5
-        back = dark * slope + darker * (1 - slope)
-        image = fill * inside + back * (1 - inside)
-        return Image.fromarray((image * 255 + 0.5).astype(np.uint8)), shape
+def coordinates(H, W):
+    """x (1, W) and y (H, 1) of the pixels' centres, where the shorter side spans -1 to 1."""
+    pixel, (x1, y1) = 2 / min(H, W), (W / min(H, W), H / min(H, W))
+    x, y = (np.arange(pixel / 2 - end, end, pixel, dtype=np.float32) for end in (x1, y1))
+    return x[None, :W], y[:H, None]
+
+
+def draw_shape(rng, x, y, shape, texture, radii):
+    """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, places in SHAPES and TEXTURES, of
+    a radius between two bounds, somewhere within the image."""
+    radius, turn = rng.uniform(*radii), math.radians(rng.uniform(-40, 40))
+    pixel = 2 / min(x.size, y.size)
+    dx, dy = (axis - rng.uniform(radius - axis.size * pixel / 2, axis.size * pixel / 2 - radius) for axis in (x, y))
+    dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
+    inside = 0.5 - list(SHAPES.values())[shape](dx / radius, dy / radius) * radius / pixel
+
+    wave = 2 * math.pi / rng.uniform(0.24, 0.4)                                  # 4 to 6.4 pixels a period at 32
+    u, v = wave * (dx - rng.uniform(-.1, .1)), wave * (dy - rng.uniform(-.1, .1))
+    tone = np.clip(0.5 + list(TEXTURES.values())[texture](u, v), 0, 1)[..., None]
+    light, middle = colour(rng, 0.75, 1), colour(rng, 0.45, 0.7)
+    return middle * tone + light * (1 - tone), np.clip(inside, 0, 1)[..., None]
+
+
+def draw_background(rng, x, y):
+    """(H, W, 3): from one dark colour to another."""
+    dark, darker = colour(rng, 0, 0.25), colour(rng, 0, 0.25)
+    slope = (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))[..., None] / 4 + 0.5
+    return dark * slope + darker * (1 - slope)
+
+
+def colour(rng, low, high):
+    return np.array([rng.uniform(low, high) for _ in range(3)], dtype=np.float32)
+
+
+def to_image(pixels):
+    return Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))

@@ -24,7 +24,7 @@ import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -330,7 +330,7 @@ def main(argv=None):
 
     for epoch in range(state.epoch, recipe.epochs):
         model.train()
-        progress.start(epoch, state.iteration)
+        progress.start(f"epoch {epoch}", epoch, state.iteration)
         while state.iteration < (epoch + 1) * per_epoch:
             lr = lr_at(state.iteration, recipe, per_epoch)
             for group in optimizer.param_groups:
@@ -416,11 +416,10 @@ class Progress:
     def __init__(self, recipe, per_epoch, rank):
         self.recipe, self.per_epoch, self.silent, self.waited = recipe, per_epoch, rank > 0, 0.0
 
-    def start(self, epoch, iteration):
-        self.epoch, done = epoch, iteration - epoch * self.per_epoch
+    def start(self, title, epoch, iteration):
+        self.title, self.epoch, done = title, epoch, iteration - epoch * self.per_epoch
         self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
-        self.bar = tqdm(total=self.per_epoch, initial=done, desc=f"epoch {epoch}", leave=False,
-                        disable=self.silent or None)
+        self.bar = tqdm(total=self.per_epoch, initial=done, desc=title, leave=False, disable=self.silent or None)
 
     def timed(self, function, *args):
         """What a call returns; its time counts as waiting for data."""
@@ -445,7 +444,7 @@ class Progress:
             text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
             self.bar.set_postfix_str(text)
             if self.bar.disable:
-                print(f"epoch {self.epoch}  {done}/{self.per_epoch}  {text}", flush=True)
+                print(f"{self.title}  {done}/{self.per_epoch}  {text}", flush=True)
             self.shown = time.perf_counter(), done, self.waited
 
     def end(self):
@@ -484,15 +483,15 @@ def plural(n, word, s="s"):
     return f"{n:,} {word}{'' if n == 1 else s}"
 
 
-def add_flags(parser, cls, skip=()):
+def add_flags(parser, cls, skip=(), choices=CHOICES):
     """A flag for each field, its comment as the help. Only flags that were given appear in the result."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name not in skip:
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-            if field.name in CHOICES:
-                kind["choices"] = list(CHOICES[field.name])
-            default = f" (default: {field.default})" if cls in (Run, Machine) and field.default != "" else ""
+            if field.name in choices:
+                kind["choices"] = list(choices[field.name])
+            default = f" (default: {field.default})" if cls is not Config and field.default not in ("", MISSING) else ""
             text = re.sub(r" \[\d\]", "", comments[field.name]).replace("%", "%%")      # [5] is a reference of model.py
             parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text + default, **kind)
 
@@ -515,16 +514,22 @@ def parse_flags(argv=None):
     return vars(parser.parse_args(argv))
 
 
+def with_saved(given, checkpoint):
+    """The flags that were given, on top of those of the run to resume. ValueError if they would change it."""
+    if checkpoint is None:
+        return given
+    saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
+    changed = [f"{flag(name, value)}, not {flag(name, saved[name])}"
+               for name, value in given.items() if name in saved and name != "data" and saved[name] != value]
+    if changed:
+        raise ValueError(f"--resume goes on with the run as it was started, but here is {' and '.join(changed)}: "
+                         "drop the flag, or start a new run, --init-from its last.pt to train it for longer")
+    return saved | given
+
+
 def resolve(given, checkpoint):
     """Flags, recipe and checkpoint -> (Run, Recipe, Config), but for the number of classes, which the data tell."""
-    if checkpoint is not None:
-        saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-        changed = [f"{flag(name, value)}, not {flag(name, saved[name])}"
-                   for name, value in given.items() if name in saved and name != "data" and saved[name] != value]
-        if changed:
-            raise ValueError(f"--resume goes on with the run as it was started, but here is {' and '.join(changed)}: "
-                             "drop the flag, or start a new run, --init-from its last.pt to train it for longer")
-        given = saved | given
+    given = with_saved(given, checkpoint)
     run = Run(**pick(Run, given))
     run = replace(run, recipe=run.recipe or default_recipe(run))
     if run.recipe not in RECIPES:                                         # of a checkpoint
@@ -599,15 +604,15 @@ def open_splits(run, recipe, checkpoint):
 # The run's folder
 
 
-def find_resume(given):
+def find_resume(given, out="out", kinds=(State, Run, Recipe)):
     """(path, checkpoint) that --resume means, the newest that is intact; (None, None) if nothing has been saved yet."""
     if "resume" not in given:
         return None, None
     if given["resume"] and "out" in given:
         raise ValueError(f"--resume {given['resume']} goes on in that folder: drop --out")
-    place = Path(given["resume"] or given.get("out") or "out")
+    place = Path(given["resume"] or given.get("out") or out)
     if place.is_file():
-        return place, read_run(place)
+        return place, read_run(place, *kinds)
     names = "last.pt", "prev.pt"                     # by age: whatever time a copied file bears
     found = [path for name in names for path in (place / name, *place.glob(f"*/{name}")) if path.exists()]
     if not found:
@@ -618,7 +623,7 @@ def find_resume(given):
     folder, faults = max(found, key=lambda path: path.stat().st_mtime).parent, []
     for path in (folder / name for name in names if folder / name in found):
         try:
-            checkpoint = read_run(path)
+            checkpoint = read_run(path, *kinds)
         except ValueError as error:
             faults.append(str(error))
             continue
@@ -628,10 +633,10 @@ def find_resume(given):
     raise ValueError(f"no checkpoint in {folder} is intact ({'; '.join(faults)}): restore one, or start anew")
 
 
-def read_run(path):
+def read_run(path, state, run, recipe):
     checkpoint = read_checkpoint(path)
-    validate(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(State)} | dict(
-        run=Run, recipe=Recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
+    validate(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(state)} | dict(
+        run=run, recipe=recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
     return checkpoint
 
 
@@ -650,7 +655,7 @@ def make_folder(out, name, resume):
         for number in itertools.count(1):
             with suppress(FileExistsError):
                 folder = Path("out", f"{name}-{number}")
-                folder.mkdir()
+                folder.mkdir(parents=True)
                 return folder
     except OSError as error:
         raise ValueError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error

@@ -1,0 +1,179 @@
+"""Images with a class for each pixel: a folder laid out as ADE20K is, or scenes that are drawn; their transforms.
+
+    train = open_scenes("PATH", "training", short_side=180)    # pairs (PIL image, annotation), and .classes
+    images = Annotated(train, partial(train_transform, size=128, short_side=180), seed=0)
+
+An annotation is a PIL image of the same size with one channel: 0 is unlabelled and does not count, k is the k-th class.
+As a tensor it holds classes from 0 on, and -1 for what does not count.
+"""
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from data import (FILL, SHAPES, TEXTURES, Images, coordinates, draw_background, draw_shape, read_image, shorten,
+                  to_image)
+
+SPLITS, IGNORED = ("training", "validation"), -1
+
+
+def open_scenes(data, split, short_side):
+    """A split, "training" or "validation", of "scenes", drawn with that shorter side, or of a folder in ADE20K's
+    layout. ValueError in one sentence if there is nothing to open."""
+    return Scenes(split, short_side) if data == "scenes" else AnnotatedFolder(Path(data), split)
+
+
+class AnnotatedFolder(Dataset):
+    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png. Classes are the lines of classes.txt, or ADE20K's list."""
+
+    def __init__(self, root, split):
+        if not root.is_dir():
+            raise ValueError(f"--data {root} is neither scenes nor a folder: check the path")
+        self.images, self.annotations = root / "images" / split, root / "annotations" / split
+        self.classes = read_classes(root)
+        for folder in (self.images, self.annotations):
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is missing: {root} needs images/ and annotations/, both with training/ and "
+                                 "validation/")
+        names = sorted(path.name for path in self.images.iterdir()
+                       if path.name.lower().endswith(IMG_EXTENSIONS) and path.name[0] != ".")
+        annotated = {path.stem for path in self.annotations.glob("[!.]*.png")}
+        alone = sorted(annotated ^ {Path(name).stem for name in names})
+        if alone or not names:
+            wrong = f"only one of them has {shorten(alone)}" if alone else "are empty"
+            raise ValueError(f"{self.images} and {self.annotations} must hold the same names, NAME.jpg and NAME.png, "
+                             f"but {wrong}: add or remove files")
+        self.names = np.array(names)                       # a list's objects would be copied to every worker
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        name = Path(self.names[index].item())
+        image = read_image(self.images / name)
+        return image, read_annotation(self.annotations / f"{name.stem}.png", image.size, len(self.classes))
+
+
+def read_classes(root):
+    """The names of the classes 1, 2, ...; ADE20K's list has them in the last of its columns, below a title."""
+    for name in ("classes.txt", "objectInfo150.txt"):
+        if (root / name).is_file():
+            lines = [line.split("\t")[-1].strip() for line in (root / name).read_text().splitlines() if line.strip()]
+            classes = lines if name == "classes.txt" else lines[1:]
+            if not 2 <= len(classes) <= 255:
+                raise ValueError(f"{root / name} names {len(classes)} classes; it must be 2 to 255, one per line")
+            return classes
+    raise ValueError(f"{root / 'classes.txt'} is missing: write the names of the classes into it, a line for each, in "
+                     "the order of their numbers in the annotations, from 1 on")
+
+
+def read_annotation(path, size, classes):
+    """An annotation as a PIL image of mode L. ValueError that names it if it is none."""
+    try:
+        annotation = Image.open(path)
+        annotation.load()
+    except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
+        raise ValueError(f"{path} cannot be read as an annotation ({error}): replace it") from error
+    if annotation.mode not in ("L", "P"):                  # P: a palette, whose colours do not matter
+        raise ValueError(f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number "
+                         "of a class in each pixel: convert it")
+    if annotation.size != size:
+        raise ValueError(f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} x "
+                         f"{size[1]}: replace one of them")
+    pixels = np.asarray(annotation)
+    if pixels.max() > classes:
+        raise ValueError(f"{path} holds class {pixels.max()}, but there are {classes}: correct it, or the list of "
+                         "classes")
+    return Image.fromarray(pixels)
+
+
+class Scenes(Dataset):
+    """Two to five of data.py's shapes before a dark background, which is a class of its own. A scene is a function of
+    (seed, split, index) at any size; its sides are as 3 to 4. Each shape may hide what was drawn before it."""
+    classes = ["background", *SHAPES]
+    count = {"training": 2_000, "validation": 200}
+
+    def __init__(self, split, short_side, seed=0):
+        self.split, self.short_side, self.seed = split, short_side, seed
+
+    def __len__(self):
+        return self.count[self.split]
+
+    def __getitem__(self, index):
+        rng = random.Random(f"{self.seed} scenes {self.split} {index}")
+        x, y = coordinates(self.short_side, round(4 / 3 * self.short_side))
+        pixels, mask = draw_background(rng, x, y), np.ones((y.size, x.size), dtype=np.uint8)
+        for _ in range(rng.randint(2, 5)):
+            shape, texture = rng.randrange(len(SHAPES)), rng.randrange(len(TEXTURES))
+            colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.2, 0.45))
+            pixels = colours * inside + pixels * (1 - inside)
+            mask[inside[..., 0] > 0.5] = 2 + shape
+        return to_image(pixels), Image.fromarray(mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+class Annotated(Images):
+    """A data set with a transform of image and annotation, whose randomness is a function of (seed, epoch, index).
+
+    Items are (uint8 (3, H, W), int64 (H, W), fault); in place of what cannot be read comes the next, as in Images.
+    """
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, mask, fault = self.read(index)
+        mask = mask or Image.new("L", image.size)          # of Images' placeholder
+        image, mask = self.transform(image, mask, random.Random(f"{self.seed} {epoch} {index}"))
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0].long() - 1, fault
+
+
+def eval_transform(image, mask, rng):
+    return image, mask
+
+
+def train_transform(image, mask, rng, size, short_side):
+    """Published: resize to 0.5 to 2 times the shorter side, crop, flip half of the images, distort their colours."""
+    short = max(1, round(short_side * rng.uniform(0.5, 2)))
+    longest = max(short + 1, 4 * short)                    # a longer side counts instead: of a panorama, little is left
+    image = TF.resize(image, short, InterpolationMode.BILINEAR, max_size=longest)
+    mask = TF.resize(mask, short, InterpolationMode.NEAREST, max_size=longest)
+    image, mask = crop(image, mask, rng, size)
+    if rng.random() < 0.5:
+        image, mask = ImageOps.mirror(image), ImageOps.mirror(mask)
+    return distort(image, rng), mask
+
+
+def crop(image, mask, rng, size, most=0.75):
+    """size x size from anywhere, padded at the right and the bottom where the image is smaller; drawn again, up to ten
+    times, if a single class covers more than `most` of what is labelled."""
+    missing = [max(0, size - side) for side in image.size]
+    image = TF.pad(image, [0, 0, *missing], fill=FILL)
+    mask = TF.pad(mask, [0, 0, *missing], fill=0)
+    for _ in range(10):
+        left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
+        box = left, top, left + size, top + size
+        part = mask.crop(box)
+        labelled = part.histogram()[1:]
+        if 0 < max(labelled) <= most * sum(labelled):
+            break
+    return image.crop(box), part
+
+
+DISTORTIONS = (  # and their bounds: mmsegmentation's, but that its brightness adds up to 32 of 255 levels
+    (TF.adjust_brightness, 0.875, 1.125), (TF.adjust_contrast, 0.5, 1.5),
+    (TF.adjust_saturation, 0.5, 1.5), (TF.adjust_hue, -0.1, 0.1))
+
+
+def distort(image, rng):
+    """Photometric distortion: each of four changes with probability 1/2."""
+    for adjust, low, high in DISTORTIONS:
+        if rng.random() < 0.5:
+            image = adjust(image, rng.uniform(low, high))
+    return image

@@ -1,0 +1,408 @@
+"""Segmentation: a class for each pixel, by a head on the patches of any model of the ladder.
+
+    python -m downstream.segment                                       # on drawn scenes, nothing to download
+    python -m downstream.segment --data camvid --init-from out/a       # a folder in ADE20K's layout, pretrained
+    torchrun --nproc_per_node=8 -m downstream.segment --data ADEChallengeData2016 --recipe ade20k \\
+        --init-from illama-tiny-in1k-75.0                              # the published recipe
+    python -m downstream.segment eval out/segment/RUN --multi-scale    # mIoU of its best.pt
+    python -m downstream.segment eval out/segment/RUN --image FILE     # image, prediction and legend as a PNG
+
+Runs are seeded, saved and resumed as those of train.py, whose flags for the machine are the same: see there.
+"""
+import argparse
+import colorsys
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import functional as TF
+
+from data import eval_batches, loader, read_image, seed_of, shorten, train_batches
+from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, train_transform
+from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
+from eval import (DEVICES, Parser, default_workers, local_rank_0_first, on_rank_0, report_errors, setup, shut_down,
+                  stop, stop_on_signals)
+from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
+                   validate, weights_of)
+from train import (CHOICES, PREEMPTED, Machine, Progress, add_flags, check_health, check_ranks, find_resume, flag,
+                   flags_of, load_optimizer, make_folder, micro_batches, name_of, pick, plural, prepare,
+                   recompute_blocks, save, split_batch, sum_over_ranks, with_saved, write)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+    head: str                    # linear, or upernet, the published one
+    img_size: int                # side of the square crops, and of evaluation's windows, pixels
+    short_side: int              # shorter side of an image at scale 1, pixels
+    patch_size: int              # side of a patch, pixels
+    iterations: int              # optimizer steps
+    eval_every: int              # iterations between two evaluations; iterations is a multiple of it
+    batch_size: int              # crops per iteration (global batch size), over all ranks and micro-batches
+    micro_batch: int             # micro-batch size (per rank); gradients accumulate over micro-batches
+    lr: float                    # peak learning rate of AdamW, of the head
+    warmup: int                  # iterations of linear warm-up
+    weight_decay: float          # AdamW's, on all but norms and biases
+    layer_decay: float           # factor of the learning rate from each block to the one before it
+    clip_grad: float             # largest norm of the gradient; 0 does not clip
+    drop_path: float             # stochastic depth: probability in the last block, falling to 0 in the first
+    mixup = cutmix = erasing = 0   # for train.micro_batches: an annotation is not mixed
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            least = 1 if isinstance(value, int) and name != "warmup" else 0
+            if not isinstance(value, str) and not least <= value < math.inf:
+                raise ValueError(f"{flag(name)} is {value}; it must be a number from {least} on")
+        if self.iterations % self.eval_every:
+            raise ValueError(f"--iterations {self.iterations} is not a multiple of --eval-every {self.eval_every}: "
+                             "change one of them")
+
+
+RECIPES = {
+    "small": Recipe(  # minutes on a CPU
+        head="linear", img_size=128, short_side=180, patch_size=8, iterations=750, eval_every=250,
+        batch_size=16, micro_batch=16, lr=2e-3, warmup=50, weight_decay=0.05, layer_decay=1.0, clip_grad=1.0,
+        drop_path=0.0),
+    "ade20k": Recipe(  # the published configurations *_ms1, of the last launch scripts
+        head="upernet", img_size=512, short_side=512, patch_size=16, iterations=160_000, eval_every=16_000,
+        batch_size=32, micro_batch=4, lr=6e-5, warmup=1500, weight_decay=0.01, layer_decay=0.9, clip_grad=0.0,
+        drop_path=0.1),
+}
+SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75)   # of multi-scale evaluation, as published
+
+
+@dataclass
+class Run:
+    """What to train, on what."""
+    size: str = "nano"           # width, depth and heads, see model.py
+    step: str = "soft_mask"      # rung of the ladder, see model.py
+    recipe: str = "small"        # how to train
+    data: str = "scenes"         # scenes, or a folder with images/ and annotations/, each training/ and validation/
+    init_from: str = ""          # checkpoint or published weights to start from, which say what the model is
+    seed: int = 0                # random seed of weights, order and augmentation
+    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for ade20k and on CPUs
+
+
+@dataclass
+class State:
+    """Where a run stands, the same on all ranks."""
+    iteration: int = 0           # those done
+    epoch: int = 0               # evaluations done
+    best_miou: float = -1.0
+    loss_sum: float = 0.0        # since the last evaluation, over micro-batches and ranks
+    unreadable: int = 0          # images since then
+
+
+def lr_at(iteration, recipe):
+    """A straight line from the peak to 0 after the last iteration, times a warm-up from a millionth to 1."""
+    warm = 1e-6 + (1 - 1e-6) * iteration / recipe.warmup if iteration < recipe.warmup else 1.0
+    return recipe.lr * warm * (1 - iteration / recipe.iterations)
+
+
+def make_optimizer(model, recipe):
+    """AdamW. The learning rate of a group is lr_at() times its "scale": 1 in the head, and in each block layer_decay
+    times that of the block after it. No weight decay on norms and biases."""
+    last, groups = len(model.backbone.blocks) + 1, {}
+    for name, p in model.named_parameters():
+        part, *rest = name.removeprefix("backbone.").split(".")
+        layer = 1 + int(rest[0]) if part == "blocks" else last if part in ("decode", "norm") else 0
+        key = recipe.layer_decay ** (last - layer), recipe.weight_decay * (p.ndim > 1)
+        groups.setdefault(key, []).append(p)
+    groups = [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is made of
+
+
+def open_backbone(run, recipe, given, classes):
+    """(Run, Recipe, Config, weights) of a new run: what the flags say, without weights, or what --init-from's are."""
+    crops = dict(img_size=recipe.img_size, drop_path=recipe.drop_path, num_classes=classes)
+    if not run.init_from:
+        cfg = config(run.size, run.step, **pick(Config, given) | crops | dict(patch_size=recipe.patch_size))
+        return run, recipe, cfg, None
+    source = local_rank_0_first(open_checkpoint, run.init_from)
+    known = dict(step="soft_mask") | source["config"] | source["run"]            # published weights are iLLaMA's
+    for name in {"size", "step"} | {field.name for field in fields(Config)} - crops.keys():
+        if given.get(name, known[name]) != known[name]:
+            raise ValueError(f"{flag(name, given[name])} does not fit the weights of --init-from, which are of "
+                             f"{flag(name, known[name])}: drop the flag, or --init-from")
+    run, recipe = replace(run, size=known["size"], step=known["step"]), replace(recipe, patch_size=known["patch_size"])
+    return run, recipe, replace(Config(**source["config"]), **crops), weights_of(source)
+
+
+def open_splits(run, recipe, checkpoint):
+    """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
+    data, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
+    if len(data) < recipe.batch_size:
+        raise ValueError(f"--data {run.data} has {len(data)} training images, less than one --batch-size "
+                         f"{recipe.batch_size}: make it smaller")
+    if checkpoint and (data.classes, len(data)) != (checkpoint["classes"], checkpoint["train_images"]):
+        raise ValueError(f"--data {run.data} has {len(data)} training images of the classes {shorten(data.classes)}, "
+                         f"but the run to resume had {checkpoint['train_images']} of {shorten(checkpoint['classes'])}: "
+                         "give the data that it was started with")
+    return data, val
+
+
+def load_backbone(backbone, weights):
+    """load_weights() but for the parts that a Segmenter's backbone does not have."""
+    gone = [name for name in ("head", "norm") if isinstance(getattr(backbone, name), nn.Identity)]
+    return load_weights(backbone, {name: value for name, value in weights.items() if name.split(".")[0] not in gone})
+
+
+def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
+    """Batches of one image, for evaluate(): images differ in size."""
+    return loader(Annotated(val, eval_transform), eval_batches(len(val), 1, rank, world), workers, device)
+
+
+def parse_flags(argv):
+    parser = Parser(prog="python -m downstream.segment", allow_abbrev=False,
+                    description="Train a model that gives each pixel a class; `eval` as the first word evaluates one.")
+    choices = CHOICES | dict(recipe=RECIPES, head=HEADS)
+    add_flags(parser, Run, choices=choices)
+    add_flags(parser, Machine, choices=choices)
+    parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
+                        help="go on with the run in a folder; without PATH: in --out, or the newest in out/segment/")
+    add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), Recipe, choices=choices)
+    add_flags(parser.add_argument_group("model (default: as --size and --step say, or as the weights are)"), Config,
+              skip=["num_classes"] + [field.name for field in fields(Recipe)])
+    return vars(parser.parse_args(argv))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(argv):
+    started = time.perf_counter()
+    given = parse_flags(argv)
+    machine = Machine(**pick(Machine, given))
+    path, checkpoint = find_resume(given, "out/segment", (State, Run, Recipe))
+    given = with_saved(given, checkpoint)
+    run = Run(**pick(Run, given))
+    recipe = replace(RECIPES[run.recipe], **pick(Recipe, given))
+    if run.dtype == "auto" and run.recipe == "ade20k":
+        run = replace(run, dtype="float32")              # as the published runs
+    rank, world, device, dtype = setup(machine.device, run.dtype)
+    run = replace(run, dtype=str(dtype).removeprefix("torch."))
+    state = State(**pick(State, checkpoint or {}))
+    micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
+    if recipe.head == "upernet" and micro_batch == 1:
+        raise ValueError("--head upernet normalizes over the micro-batch, which is of 1 crop here: make it larger")
+    data, val = open_splits(run, recipe, checkpoint)
+    if checkpoint:
+        cfg, weights = Config(**checkpoint["config"]), None
+    else:
+        run, recipe, cfg, weights = open_backbone(run, recipe, given, len(data.classes))
+    check_ranks(run, recipe, cfg, state, data, val)
+    torch.manual_seed(seed_of("weights", run.seed))
+    model, notes = Segmenter(cfg, recipe.head), []
+    if weights:
+        notes = load_backbone(model.backbone, weights)
+    if checkpoint:
+        load_state(model, checkpoint["model"])
+    model.to(device)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    name = f"segment/{name_of(run, cfg)}-{recipe.head}"
+    folder = path.parent if path else on_rank_0(make_folder, machine.out, name, "resume" in given)
+
+    if machine.recompute:
+        recompute_blocks(model.backbone)
+    if machine.compile:
+        model.compile()
+    net = model
+    if world > 1:
+        if device.type == "cuda":                        # on a CPU each rank normalizes its own crops
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        net = DistributedDataParallel(model)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    progress = Progress(recipe, recipe.eval_every, rank)
+    crops = Annotated(data, partial(train_transform, size=cfg.img_size, short_side=recipe.short_side), run.seed)
+    passes = math.ceil(recipe.iterations / (len(data) // recipe.batch_size))                 # over the data
+    order = train_batches(len(data), recipe.batch_size, accumulate, rank, world, run.seed, passes, state.iteration)
+    batches = micro_batches(iter(loader(crops, order, machine.workers, device)), recipe, cfg.num_classes, run.seed,
+                            state.iteration, accumulate, rank, device, progress)
+    val_batches = validation(val, rank, world, machine.workers, device)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=data.classes,
+                    alpha=0.0 if cfg.soft else None, train_images=len(data), ranks=world)
+
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    say(f"model   {run.size}, step {run.step}{flags_of(overrides(cfg, run.size, run.step))}, head {recipe.head}: "
+        f"{n_parameters:,} parameters, crops of {cfg.img_size} x {cfg.img_size} pixels in patches of {cfg.patch_size}")
+    say(f"data    {run.data}: {len(data):,} images to train, {len(val):,} to test, {len(data.classes)} classes")
+    say(f"batch   {recipe.batch_size} = {plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x "
+        f"{plural(micro_batch, 'crop')}; recipe {run.recipe}: {plural(recipe.iterations, 'iteration')}")
+    say(f"device  {device.type}, {run.dtype}")
+    if weights:
+        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
+    say(f"resume  {path} at iteration {state.iteration:,}" if path else f"run     {folder}")
+    rows = prepare(folder, path, given, settings, state) if rank == 0 else []
+
+    def save_run(improved=False):
+        if rank == 0:
+            save(settings, state, model, optimizer, scaler, folder, improved)
+
+    def end_early():
+        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
+        if world > 1:
+            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
+        sys.exit(PREEMPTED)
+
+    for period in range(state.epoch, recipe.iterations // recipe.eval_every):
+        end = (period + 1) * recipe.eval_every
+        model.train()
+        progress.start(f"to iteration {end}", period, state.iteration)
+        while state.iteration < end:
+            lr = lr_at(state.iteration, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))         # and dropout
+
+            loss_sum, faults = torch.zeros((), device=device), 0
+            for micro in range(accumulate):
+                images, labels, unreadable = next(batches)
+                net.require_backward_grad_sync = micro == accumulate - 1
+                with autocast:
+                    loss = pixel_loss(net(images), labels)
+                scaler.scale(loss / accumulate).backward()
+                loss_sum += loss.detach()
+                faults += unreadable
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
+            state.unreadable += int(faults)
+            check_health(loss_sum, norm, state, len(data), folder, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            state.loss_sum += loss_sum
+            state.iteration += 1
+
+            progress.update(state.iteration, loss_sum / accumulate / world, lr, None)
+            if stops:
+                progress.end()
+                save_run()
+                end_early()
+            if machine.save_every and state.iteration % machine.save_every == 0:
+                save_run()
+        rate, waiting = progress.end()
+
+        save_run()                                       # before the evaluation, which may fail
+        result = evaluate(model, val_batches, recipe.short_side, device, dtype, stop)
+        if result is None:
+            end_early()
+        row = dict(step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
+                   init_from=run.init_from, iteration=state.iteration,
+                   train_loss=state.loss_sum / (recipe.eval_every * accumulate * world), **result,
+                   n_parameters=n_parameters, unreadable=state.unreadable, time_s=time.perf_counter() - started,
+                   time_images_per_s=rate, time_waiting=waiting)
+        say(f"iteration {end}  train loss {row['train_loss']:.4f}  mIoU {row['test_miou']:.2f} %  pixel accuracy "
+            f"{row['test_pixel_acc']:.2f} %  {rate:,.0f} images/s  {row['time_s']:,.0f} s")
+        improved = row["test_miou"] > state.best_miou
+        state.epoch, state.loss_sum, state.unreadable = period + 1, 0.0, 0
+        state.best_miou = max(state.best_miou, row["test_miou"])
+        rows.append(json.dumps(row))
+        if rank == 0:
+            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        save_run(improved)
+
+    say(f"done    mIoU {state.best_miou:.2f} % in {folder / 'best.pt'}; evaluate it: "
+        f"python -m downstream.segment eval {folder / 'best.pt'} --data {run.data}")
+    shut_down()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation from the command line
+
+
+def open_segmenter(source, device):
+    """(model, checkpoint) of a run's folder or file, on a device."""
+    checkpoint = local_rank_0_first(read_checkpoint, source)
+    validate(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, classes=list), source)
+    model = Segmenter(Config(**checkpoint["config"]), checkpoint["recipe"]["head"])
+    load_state(model, checkpoint["model"])
+    return model.to(device).eval(), checkpoint
+
+
+def draw(image, predicted, classes):
+    """A PIL image, the prediction (H, W) in colours, and a legend of the classes in it, the most frequent first."""
+    colours = [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(0.618 * i % 1, 0.75, 1 - 0.35 * (i % 2)))
+               for i in range(len(classes))]
+    counts = predicted.flatten().bincount(minlength=len(classes))
+    present = [i for i in counts.argsort(descending=True).tolist() if counts[i]]
+    page = Image.new("RGB", (2 * image.width + 160, max(image.height, 16 * len(present) + 8)), "white")
+    page.paste(image, (0, 0))
+    page.paste(TF.to_pil_image(torch.tensor(colours, dtype=torch.uint8)[predicted].permute(2, 0, 1)), (image.width, 0))
+    pen, x = ImageDraw.Draw(page), 2 * image.width + 8
+    for row, i in enumerate(present):
+        pen.rectangle((x, 16 * row + 4, x + 12, 16 * row + 16), fill=colours[i])
+        pen.text((x + 18, 16 * row + 4), classes[i], fill="black")
+    return page
+
+
+def evaluate_run(argv):
+    parser = Parser(prog="python -m downstream.segment eval", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt")
+    parser.add_argument("--data", help="scenes, or a folder in ADE20K's layout; default: the run's own")
+    parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and mirror images")
+    parser.add_argument("--image", help="segment this image alone, and draw it")
+    parser.add_argument("--draw", default="segmentation.png", help="where that is drawn")
+    parser.add_argument("--json", action="store_true", help="print one dict of JSON")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+    args = parser.parse_args(argv)
+    if args.image and args.data:
+        raise ValueError("--image segments one image alone: drop it, or --data")
+    rank, world, device, _ = setup(args.device)
+    model, checkpoint = open_segmenter(args.checkpoint, device)
+    short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
+    views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
+    if args.image:
+        image = read_image(args.image)
+        with torch.no_grad():
+            predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
+        draw(image, predicted, classes).save(args.draw)
+        print(f"{args.draw} has {args.image}, the class of each pixel, and the legend")
+        return
+    data = args.data or checkpoint["run"]["data"]
+    val = open_scenes(data, SPLITS[1], short_side)
+    if val.classes != classes:
+        raise ValueError(f"--data {data} has the classes {shorten(val.classes)}, but the model knows "
+                         f"{shorten(classes)}: use the data that it was trained on")
+    result = evaluate(model, validation(val, rank, world, args.workers, device), short_side, device, **views)
+    if rank == 0 and args.json:
+        print(json.dumps(result | dict(images=len(val), multi_scale=args.multi_scale)))
+    elif rank == 0:
+        for name, iou in zip(classes, result["test_iou"]):
+            print(f"{'    none' if iou is None else f'{iou:6.2f} %'}  {name}")
+        print(f"mIoU {result['test_miou']:.3f} %  pixel accuracy {result['test_pixel_acc']:.3f} %  {len(val):,} images"
+              f"{', multi-scale' * args.multi_scale}")
+    shut_down()
+
+
+@report_errors()
+def main(argv=None):
+    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if command == "eval":
+        evaluate_run(flags)
+    else:
+        train(argv)
+
+
+if __name__ == "__main__":
+    stop_on_signals()
+    main()
