@@ -68,7 +68,7 @@ class Recipe:
 
 RECIPES = {
     "small": Recipe(  # minutes on a CPU
-        head="linear", img_size=128, short_side=180, patch_size=8, iterations=750, eval_every=250,
+        head="linear", img_size=128, short_side=180, patch_size=8, iterations=600, eval_every=200,
         batch_size=16, micro_batch=16, lr=2e-3, warmup=50, weight_decay=0.05, layer_decay=1.0, clip_grad=1.0,
         drop_path=0.0),
     "ade20k": Recipe(  # the published configurations *_ms1, of the last launch scripts
@@ -187,9 +187,9 @@ def train(argv):
     given = parse_flags(argv)
     machine = Machine(**pick(Machine, given))
     path, checkpoint = find_resume(given, "out/segment", (State, Run, Recipe))
-    given = with_saved(given, checkpoint)
-    run = Run(**pick(Run, given))
-    recipe = replace(RECIPES[run.recipe], **pick(Recipe, given))
+    values = with_saved(given, checkpoint)
+    run = Run(**pick(Run, values))
+    recipe = replace(RECIPES[run.recipe], **pick(Recipe, values))
     if run.dtype == "auto" and run.recipe == "ade20k":
         run = replace(run, dtype="float32")              # as the published runs
     rank, world, device, dtype = setup(machine.device, run.dtype)

@@ -1,0 +1,83 @@
+"""Where in an image does a causal mask cost accuracy? mIoU and pixel accuracy by row and by column.
+
+    python -m downstream.where out/segment/*/last.pt --out out/where.jsonl
+
+A patch at the top left attends to nothing but itself, one at the bottom right to all. Measured twice: over whole
+images, predicted by overlapping windows as in evaluation, in eight bands; and over the windows, each on its own, by the
+rows and columns of its patches, as the sequence begins anew in each window.
+"""
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from downstream.scenes import SPLITS, open_scenes
+from downstream.segment import open_segmenter, validation
+from downstream.segmenter import confusion, predict, scores, starts
+from eval import Parser, report_errors, setup
+from experiments.properties import report
+
+BANDS = 8    # of whole images
+
+
+def by_cell(labels, predicted, classes, bands):
+    """(bands, bands, classes, classes): the confusion matrix in each cell of a grid over (H, W)."""
+    edges = [[length * k // bands for k in range(bands + 1)] for length in labels.shape]
+    boxes = [(slice(top, bottom), slice(left, right)) for top, bottom in zip(edges[0], edges[0][1:])
+             for left, right in zip(edges[1], edges[1][1:])]
+    return torch.stack([confusion(labels[box], predicted[box], classes) for box in boxes]).view(
+        bands, bands, classes, classes)
+
+
+def windows_of(image, labels, short_side, size):
+    """The windows of evaluation as images of their own: pairs ((3, size, size), (size, size))."""
+    image = TF.resize(image, max(size, short_side))
+    labels = TF.resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)[0]
+    for top in starts(image.shape[1], size):
+        for left in starts(image.shape[2], size):
+            box = ..., slice(top, top + size), slice(left, left + size)
+            yield image[box], labels[box]
+
+
+def profile(counts):
+    """mIoU and pixel accuracy by row and by column of by_cell()'s counts."""
+    sides = dict(rows=map(scores, counts.sum(1)), columns=map(scores, counts.sum(0)))
+    sides = {side: list(bands) for side, bands in sides.items()}
+    return {f"{side}_{name}": [round(band[f"test_{name}"], 3) for band in bands]
+            for side, bands in sides.items() for name in ("miou", "pixel_acc")}
+
+
+@torch.no_grad()
+def measure(model, batches, short_side):
+    """dict(image, window) of profiles. ValueError if an image or annotation cannot be read."""
+    cfg = model.backbone.cfg
+    side, image_counts, window_counts = cfg.img_size // cfg.patch_size, 0, 0
+    for images, labels, faults in tqdm(batches, leave=False, disable=None):
+        if any(faults):
+            raise ValueError(next(filter(None, faults)))
+        predicted = predict(model, images[0], short_side).argmax(0)
+        image_counts = image_counts + by_cell(labels[0], predicted, cfg.num_classes, BANDS)
+        for image, truth in windows_of(images[0], labels[0], short_side, cfg.img_size):
+            predicted = predict(model, image, cfg.img_size).argmax(0)
+            window_counts = window_counts + by_cell(truth, predicted, cfg.num_classes, side)
+    return dict(image=profile(image_counts), window=profile(window_counts))
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m downstream.where", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", help="runs of downstream.segment")
+    parser.add_argument("--data", help="a folder in ADE20K's layout; default: each run's own")
+    parser.add_argument("--out", help="append the rows to this file")
+    with report_errors():
+        args = parser.parse_args(argv)
+        _, _, device, _ = setup("cpu")
+        for source in args.checkpoints:
+            model, checkpoint = open_segmenter(source, device)
+            run, short_side = checkpoint["run"], checkpoint["recipe"]["short_side"]
+            val = open_scenes(args.data or run["data"], SPLITS[1], short_side)
+            report(dict(step=run["step"], seed=run["seed"], init_from=run["init_from"],
+                        **measure(model, validation(val), short_side)), args.out)
+
+
+if __name__ == "__main__":
+    main()
