@@ -132,7 +132,7 @@ class Run:
 @dataclass
 class Machine:
     """What changes nothing about the run but its speed and last digits."""
-    out: str = ""                # the run's folder; default: out/SIZE-STEP-DATA-N, the next free number
+    out: str = ""                # the run's folder; default: NAME-N below out/, N the next free number
     device: str = "auto"         # auto takes a GPU where there is one
     compile: bool = False        # torch.compile the model
     recompute: bool = False      # activation checkpointing of each block: less memory, more time
@@ -191,10 +191,23 @@ def make_optimizer(model, recipe):
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
-def recompute_blocks(model):
+def recompute_blocks(blocks):
     """Activation checkpointing: only each block's input is saved for backward, which computes the rest again."""
-    for block in model.blocks:
+    for block in blocks:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def wrap(model, blocks, machine, world):
+    """The model as it is trained: its blocks recomputed, it compiled, its gradients averaged over the ranks."""
+    if machine.recompute:
+        recompute_blocks(blocks)
+    if machine.compile:
+        model.compile()
+    if world == 1:
+        return model
+    net = DistributedDataParallel(model)
+    net.broadcast_buffers = False        # they follow from the configuration; the argument's name is changing
+    return net
 
 
 def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, device, progress):
@@ -283,14 +296,7 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint["scaler"])
     folder = path.parent if path else on_rank_0(make_folder, machine.out, name_of(run, cfg), "resume" in given)
 
-    if machine.recompute:
-        recompute_blocks(model)
-    if machine.compile:
-        model.compile()
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model)
-        net.broadcast_buffers = False    # they follow from the configuration; the argument's name is changing
+    net = wrap(model, model.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     progress = Progress(recipe, per_epoch, rank)
     images = Images(train, partial(train_transform, size=cfg.img_size, augment=recipe.augment), run.seed)

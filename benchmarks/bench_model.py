@@ -54,7 +54,7 @@ def illama(size="tiny", recompute=False, **fields):
         if model.cfg.mask.startswith("soft"):
             model.set_soft_mask(0.5)
         if recompute:
-            recompute_blocks(model)
+            recompute_blocks(model.blocks)
         return model
     return build
 

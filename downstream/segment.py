@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 
 from data import eval_batches, loader, read_image, seed_of, shorten, train_batches
@@ -33,8 +32,8 @@ from eval import (DEVICES, Parser, default_workers, local_rank_0_first, on_rank_
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
 from train import (CHOICES, PREEMPTED, Machine, Progress, add_flags, check_health, check_ranks, find_resume, flag,
-                   flags_of, load_optimizer, make_folder, micro_batches, name_of, pick, plural, prepare,
-                   recompute_blocks, save, split_batch, sum_over_ranks, with_saved, write)
+                   flags_of, load_optimizer, make_folder, micro_batches, name_of, pick, plural, prepare, save,
+                   split_batch, sum_over_ranks, with_saved, wrap, write)
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Recipe:
             least = 1 if isinstance(value, int) and name != "warmup" else 0
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from {least} on")
+        if self.head not in HEADS:                       # of a checkpoint
+            raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(HEADS)}")
         if self.iterations % self.eval_every:
             raise ValueError(f"--iterations {self.iterations} is not a multiple of --eval-every {self.eval_every}: "
                              "change one of them")
@@ -132,7 +133,7 @@ def open_backbone(run, recipe, given, classes):
         return run, recipe, cfg, None
     source = local_rank_0_first(open_checkpoint, run.init_from)
     known = dict(step="soft_mask") | source["config"] | source["run"]            # published weights are iLLaMA's
-    for name in {"size", "step"} | {field.name for field in fields(Config)} - crops.keys():
+    for name in ["size", "step", *(field.name for field in fields(Config) if field.name not in crops)]:
         if given.get(name, known[name]) != known[name]:
             raise ValueError(f"{flag(name, given[name])} does not fit the weights of --init-from, which are of "
                              f"{flag(name, known[name])}: drop the flag, or --init-from")
@@ -189,7 +190,7 @@ def train(argv):
     path, checkpoint = find_resume(given, "out/segment", (State, Run, Recipe))
     values = with_saved(given, checkpoint)
     run = Run(**pick(Run, values))
-    recipe = replace(RECIPES[run.recipe], **pick(Recipe, values))
+    recipe = Recipe(**checkpoint["recipe"]) if checkpoint else replace(RECIPES[run.recipe], **pick(Recipe, given))
     if run.dtype == "auto" and run.recipe == "ade20k":
         run = replace(run, dtype="float32")              # as the published runs
     rank, world, device, dtype = setup(machine.device, run.dtype)
@@ -219,15 +220,9 @@ def train(argv):
     name = f"segment/{name_of(run, cfg)}-{recipe.head}"
     folder = path.parent if path else on_rank_0(make_folder, machine.out, name, "resume" in given)
 
-    if machine.recompute:
-        recompute_blocks(model.backbone)
-    if machine.compile:
-        model.compile()
-    net = model
-    if world > 1:
-        if device.type == "cuda":                        # on a CPU each rank normalizes its own crops
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        net = DistributedDataParallel(model)
+    if world > 1 and device.type == "cuda":              # on a CPU each rank normalizes its own crops
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    net = wrap(model, model.backbone.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     progress = Progress(recipe, recipe.eval_every, rank)
     crops = Annotated(data, partial(train_transform, size=cfg.img_size, short_side=recipe.short_side), run.seed)
@@ -300,6 +295,8 @@ def train(argv):
             if machine.save_every and state.iteration % machine.save_every == 0:
                 save_run()
         rate, waiting = progress.end()
+        for buffer in model.buffers() if world > 1 else ():
+            dist.broadcast(buffer, 0)                    # batch norm's statistics: all evaluate with those of rank 0
 
         save_run()                                       # before the evaluation, which may fail
         result = evaluate(model, val_batches, recipe.short_side, device, dtype, stop)
@@ -333,7 +330,7 @@ def open_segmenter(source, device):
     """(model, checkpoint) of a run's folder or file, on a device."""
     checkpoint = local_rank_0_first(read_checkpoint, source)
     validate(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, classes=list), source)
-    model = Segmenter(Config(**checkpoint["config"]), checkpoint["recipe"]["head"])
+    model = Segmenter(Config(**checkpoint["config"]), Recipe(**checkpoint["recipe"]).head)
     load_state(model, checkpoint["model"])
     return model.to(device).eval(), checkpoint
 

@@ -23,7 +23,7 @@ from data import Shapes, eval_transform, normalize, open_data
 from eval import Parser, report_errors
 from experiments.ladder import RUNGS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.report import READ, RUNS, climbed, read_by, rows, seeds_of
+from experiments.report import READ, RUNS, climbed, read_by, rows, seeds_of, segmented
 from model import STEPS, Config, VisionTransformer, build, open_checkpoint
 
 try:
@@ -400,6 +400,25 @@ def draw_anytime(look, args):
     return fig
 
 
+def draw_where(look, args):
+    """mIoU by row and by column of an image and of a window, with and without a causal mask; a line per seed."""
+    fig = canvas(470)
+    panels = [("image", "rows", "of an image, eighths from the top"), ("image", "columns", "of an image, eighths from the left"),
+              ("window", "rows", "of a window, patches from the top"), ("window", "columns", "of a window, patches from the left")]
+    for i, (what, side, title) in enumerate(panels):
+        ax = place(fig, 60 + 390 * (i % 2), 34 + 210 * (i // 2), 330, 150)
+        for step, colour in (("rmsnorm", look.blue), ("ps_cls", look.orange)):
+            curves = [row[what][f"{side}_miou"] for row in segmented("where", step, True)]
+            span = range(1, 1 + len(curves[0]))
+            for curve in curves:
+                ax.plot(span, curve, color=colour, linewidth=0.8, alpha=0.5)
+            ax.plot(span, np.mean(curves, axis=0), "o-", color=colour, markersize=3, linewidth=1.8,
+                    label=None if i else {"rmsnorm": "bidirectional (rmsnorm)", "ps_cls": "causal (ps_cls)"}[step])
+        ax.set(ylabel="" if i % 2 else "mIoU, %", ylim=(0, 55), title=f"{side} {title}", xticks=span[::2])
+    fig.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, 0.005))
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the trained models of experiments/ladder.py
 
@@ -504,7 +523,8 @@ def draw_attention(look, args):
 
 
 FIGURES = dict(masks=draw_masks, blocks=draw_blocks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
-               properties=draw_properties, curves=draw_curves, anytime=draw_anytime, leak=draw_leak, attention=draw_attention)
+               properties=draw_properties, curves=draw_curves, anytime=draw_anytime, where=draw_where,
+               leak=draw_leak, attention=draw_attention)
 TRAINED = dict(leak=("soft_mask", "soft_log", "ps_cls"), attention=tuple(ATTENTION_ROWS))        # rungs that they need
 SMOOTH = ("shapes", "conflict")                             # their gradients need more than 256 colours
 

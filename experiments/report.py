@@ -2,7 +2,8 @@
 
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
-leak.jsonl those of figures.py. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
+leak.jsonl those of figures.py; segment.jsonl has the last row of metrics.jsonl of each run of downstream/segment.py,
+where.jsonl rows of downstream/where.py. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
 published.jsonl has the best epoch of each of the authors' logs whose weights are published; demo.jsonl the two runs of
 the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
 
@@ -252,6 +253,24 @@ def reading_table():
     return "\n".join(lines)
 
 
+SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)"}
+
+
+def segmented(name, step, pretrained):
+    """The rows of downstream.segment or downstream.where of a rung, a seed each, from CIFAR-10's weights or without."""
+    return [row for row in rows(name) if row["step"] == step and bool(row["init_from"]) == pretrained]
+
+
+def segment_table():
+    lines = ["| CamVid, validation | from scratch: mIoU | pixel accuracy | from CIFAR-10 weights: mIoU | pixel accuracy |",
+             "|---|--:|--:|--:|--:|"]
+    for step, title in SEGMENTED.items():
+        cells = [f"{plus_minus([row[key] for row in segmented('segment', step, pretrained)])} %"
+                 for pretrained in (False, True) for key in ("test_miou", "test_pixel_acc")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def macs_table():
     lines = ["| multiply-accumulates | as the authors count | as run | causal at best |", "|---|--:|--:|--:|"]
     for size in ("tiny", "small", "base", "large"):
@@ -448,8 +467,9 @@ PARTS = dict(
     proved=proved, ladder=ladder_table, results=results_table, claims=claims_table,
     collapse=collapse_table, rank=rank_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     macs=macs_table, runs=runs_table, published=published_table, speed=speed_table, memory=memory_table,
-    growth=growth_table, anytime=anytime_table, reading=reading_table, soak=soak_table, files=files_table)
-PAGES = ("README.md", "docs/properties.md", "docs/training.md", "docs/speed.md")
+    growth=growth_table, anytime=anytime_table, reading=reading_table, soak=soak_table, files=files_table,
+    segment=segment_table)
+PAGES = ("README.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md")
 
 
 def written(text):
