@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
@@ -41,6 +41,7 @@ DATASETS = {  # the built-in ones: functions of a split and a size
     "shapes-cue": lambda split, img_size: Shapes(split, img_size, cue=True),
     "cifar10": lambda split, _: download(datasets.CIFAR10, train=split == "train"),
     "cifar100": lambda split, _: download(datasets.CIFAR100, train=split == "train"),
+    "flowers102": lambda split, _: Flowers(split),
 }
 DOWNLOADS = Path("datasets")                               # where they are kept
 
@@ -60,12 +61,23 @@ def open_data(data, split, img_size, classes=None):
     return source
 
 
+class Flowers(ConcatDataset):
+    """Flowers-102 as transfer uses it: 2,040 images to train, in two parts of the original, and 6,149 to test."""
+
+    def __init__(self, split):
+        parts = ("train", "val") if split == "train" else ("test",)
+        super().__init__([download(datasets.Flowers102, split=part) for part in parts])
+        self.classes = [f"flower {n}" for n in range(1, 103)]                    # torchvision 0.21 has no names
+
+
 def download(dataset, **split):
     """A data set of torchvision, which is a class that takes a folder and a split."""
+    name = dataset.__name__.lower()
     try:
         return dataset(DOWNLOADS, download=True, **split)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--data {name} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # no network shows as any of a dozen kinds
-        name = dataset.__name__.lower()
         raise ValueError(f"--data {name} could not be downloaded to {DOWNLOADS}/ ({error}): connect to a network, "
                          "or give --data a folder with train/ and val/ class folders") from error
 

@@ -98,6 +98,8 @@ IN21K = replace(  # launch scripts l6 and l9, which leave mixup and cutmix at th
 TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12, hft18; no mixup or CutMix, as the logged accuracies confirm
     BASIC, epochs=30, batch_size=512, micro_batch=32, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
 TUNE_384 = replace(TUNE, img_size=384, micro_batch=16)
+TRANSFER = replace(  # launch scripts r22 to r27; of their soft masks (linear 25, linear 50, constant 50) the first
+    BASIC, batch_size=512, micro_batch=64, lr=2e-3, soft_mask_schedule="linear", soft_mask_epochs=25)
 
 RECIPES = {
     "small-data": SMALL_DATA,
@@ -113,8 +115,11 @@ RECIPES = {
     "base-in21k-384": replace(TUNE_384, lr=1.1e-4, drop_path=0.2),
     "large-in21k-224": replace(TUNE, lr=6e-5, drop_path=0.3),
     "large-in21k-384": replace(TUNE_384, lr=3.5e-5, drop_path=0.3),
+    "transfer": TRANSFER,
+    "transfer-flowers": replace(TRANSFER, epochs=600, warmup_epochs=100),
 }
-TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384")  # start from weights
+TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384", "transfer",
+          "transfer-flowers")                # start from weights
 
 
 @dataclass
@@ -123,10 +128,11 @@ class Run:
     size: str = "tiny"           # width, depth and heads, see model.py
     step: str = "soft_mask"      # rung of the ladder, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
-    data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, or a folder with train/ and val/ class folders
+    data: str = "shapes"         # a built-in data set, see data.py, or a folder with train/ and val/ class folders
     init_from: str = ""          # checkpoint or published weights to start from; another number of classes: new head
+    freeze: bool = False         # linear probing: train head and last norm alone, on the weights to start from
     seed: int = 0                # random seed of weights, order and augmentation
-    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for published recipes and on CPUs
+    dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for ImageNet and on CPUs
 
 
 @dataclass
@@ -183,10 +189,11 @@ class State:
 
 
 def make_optimizer(model, recipe):
-    """AdamW; no weight decay on norms, biases, positions and class token."""
+    """AdamW of what trains; no weight decay on norms, biases, positions and class token."""
     decay, rest = [], []
     for name, p in model.named_parameters():
-        (rest if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay).append(p)
+        if p.requires_grad:
+            (rest if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay).append(p)
     groups = [dict(params=decay, weight_decay=recipe.weight_decay), dict(params=rest, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
@@ -289,6 +296,10 @@ def main(argv=None):
     model.to(device)
     if run.init_from and not checkpoint:
         notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
+    if run.freeze:
+        model.requires_grad_(False)
+        model.norm.requires_grad_()
+        model.head.requires_grad_()
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -540,16 +551,18 @@ def resolve(given, checkpoint):
     run = replace(run, recipe=run.recipe or default_recipe(run))
     if run.recipe not in RECIPES:                                         # of a checkpoint
         raise ValueError(f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
-    size = run.size if run.recipe in ("small-data", "basic") else run.recipe.partition("-")[0]
-    if size != run.size:
+    size = run.recipe.partition("-")[0]
+    if size in SIZES and size != run.size and run.recipe != "small-data":
         raise ValueError(f"--recipe {run.recipe} is for --size {size}, not {run.size}: change one of them")
     if run.recipe in TUNING and not run.init_from:
         raise ValueError(f"--recipe {run.recipe} is for fine-tuning: give the weights to start from with --init-from")
+    if run.freeze and not run.init_from:
+        raise ValueError("--freeze trains the head alone, on weights to start from: give them with --init-from")
     recipe = RECIPES[run.recipe]
     if run.recipe == "basic" and run.size in RECIPES:
         recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # the one thing that it had by the size
     recipe = replace(recipe, **pick(Recipe, given))
-    if run.dtype == "auto" and run.recipe != "small-data":
+    if run.dtype == "auto" and not run.recipe.startswith(("small-data", "transfer")):
         run = replace(run, dtype="float32")                               # as the published runs
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
     explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]

@@ -521,13 +521,32 @@ def test_a_folder_of_images_is_arrays_without_an_object_for_each_file(photos):
 
 
 def test_an_unknown_data_set_names_the_known_ones():
-    with pytest.raises(ValueError, match="cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100 nor a"):
+    with pytest.raises(ValueError, match="cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100, flowers102 nor a"):
         open_data("cifar11", "train", 32)
 
 
 def test_data_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="--data shapes has the classes circle, .* but the model knows cat, dog"):
         open_data("shapes", "val", 32, classes=["cat", "dog"])
+
+
+def test_flowers_are_trained_on_two_parts_of_the_original_and_tested_on_the_third(monkeypatch):
+    class Flowers102(list):
+        def __init__(self, root, download, split):
+            super().__init__((Image.new("RGB", (2, 2)), i) for i in {"train": (1, 2), "val": (3,), "test": (4, 5)}[split])
+    monkeypatch.setattr("torchvision.datasets.Flowers102", Flowers102)
+    train, val = (open_data("flowers102", split, 224) for split in ("train", "val"))
+    assert [label for _, label in train] == [1, 2, 3] and [label for _, label in val] == [4, 5]
+    assert len(train.classes) == 102
+
+
+def test_a_package_that_a_data_set_needs_is_named(monkeypatch):
+    def needs_scipy(*args, **kwargs):
+        import no_such_package  # noqa: F401
+    needs_scipy.__name__ = "Flowers102"
+    monkeypatch.setattr("torchvision.datasets.Flowers102", needs_scipy)
+    with pytest.raises(ValueError, match="--data flowers102 needs no_such_package: pip install no_such_package"):
+        open_data("flowers102", "train", 224)
 
 
 def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_path):

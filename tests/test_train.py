@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import model
 import train
-from conftest import ROOT, SMALL, equal, metrics, refused, torchrun
+from conftest import ROOT, SMALL, equal, load, metrics, refused, torchrun
 from data import Images, erase, mix
 from model import STEPS, VisionTransformer, config
 from train import RECIPES, lr_at, make_optimizer, soft_mask_at
@@ -97,7 +97,8 @@ def test_the_schedules_are_those_of_the_published_logs(name):
 
 def test_there_is_a_recipe_for_each_published_run():
     assert list(RECIPES) == ["small-data", "basic", "tiny", "small", "base", "base-384", "base-in21k", "large-in21k",
-                             "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384"]
+                             "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384",
+                             "transfer", "transfer-flowers"]
     published = [(r.img_size, r.epochs, r.batch_size, r.lr, r.weight_decay, r.drop_path, r.mixup, r.cutmix)
                  for r in RECIPES.values()][1:]
     assert published == [
@@ -106,7 +107,8 @@ def test_there_is_a_recipe_for_each_published_run():
         (384, 30, 512, 8e-5, 1e-8, .8, 0, 0),
         (224, 90, 4096, 1e-3, .01, .1, .8, 1), (224, 90, 4096, 1e-3, .01, .1, .8, 1),
         (224, 30, 512, 8e-5, 1e-8, .2, 0, 0), (384, 30, 512, 1.1e-4, 1e-8, .2, 0, 0),
-        (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0)]
+        (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0),
+        (224, 300, 512, 2e-3, .05, 0, .8, 1), (224, 600, 512, 2e-3, .05, 0, .8, 1)]
     for recipe in list(RECIPES.values())[1:]:
         assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
         assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.split_batch(recipe, 8, strict=True)
@@ -437,6 +439,26 @@ def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
     assert (recipe["mixup"], recipe["cutmix"], recipe["augment"], recipe["erasing"]) == (0.8, 1, True, 0.25)
 
 
+def test_a_linear_probe_trains_head_and_last_norm_alone_and_resumes(photos, finished, monkeypatch, tmp_path):
+    before = load(finished / "last.pt")["model"]
+    flags = ["--init-from", finished, "--freeze", "--lr", 0.01]
+    alone = run(photos, tmp_path / "alone", *flags)
+    changed = {name.split(".")[0] for name, value in alone["model"].items() if not torch.equal(value, before[name])}
+    assert changed == {"norm", "head"} and len(alone["optimizer"]) == 3      # its weight, and head's weight and bias
+    stopped(photos, tmp_path / "run", monkeypatch, *flags)
+    train.main(["--resume", str(tmp_path / "run"), "--workers", "0", "--device", "cpu"])
+    assert equal(load(tmp_path / "run" / "last.pt"), alone)
+
+
+def test_the_transfer_recipes_start_the_soft_mask_again_for_any_size():
+    for size in ("tiny", "base"):
+        flags = ["--data", "cifar100", "--size", size, "--recipe", "transfer", "--init-from", "a.pt"]
+        made, recipe, cfg = train.resolve(train.parse_flags(flags), None)
+        assert (cfg.img_size, cfg.mask, made.dtype) == (224, "soft", "auto")
+        assert [soft_mask_at(i, recipe, 97) for i in (0, 25 * 97 - 1, 25 * 97)] == [1, 0, 0]
+    assert replace(recipe, epochs=600, warmup_epochs=100) == RECIPES["transfer-flowers"]
+
+
 def test_weights_of_another_architecture_are_refused(photos, finished, tmp_path, capsys):
     flags = ["--data", photos, "--out", tmp_path / "run", *SMALL, "--init-from", finished / "best.pt"]
     assert 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"' in refused(train, [*flags, "--no-swiglu"], capsys)
@@ -603,12 +625,13 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--size", "huge"], "argument --size: invalid choice: 'huge' (choose from nano, tiny, small, base, large); --help"),
     (["--step", "moe"], "argument --step: invalid choice: 'moe' (choose from vit, swiglu, rmsnorm"),
     (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast' (choose from small-data, basic, tiny, small, base"),
-    (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100 nor a folder"),
+    (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100, flowers102 nor a folder"),
     (["--mask", "hard"], "argument --mask: invalid choice: 'hard' (choose from none, causal"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
+    (["--freeze"], "--freeze trains the head alone, on weights to start from: give them with --init-from"),
     (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
     (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
     (["--soft-mask-schedule", "cosine"], "argument --soft-mask-schedule: invalid choice: 'cosine' (choose from constant, linear)"),
