@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
                   open_data, seed_of, shorten, train_batches, train_transform)
+from downstream.select import RULES, select_weights
 from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, local_rank_0_first, on_rank_0,
                   report_errors, setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
@@ -130,6 +131,7 @@ class Run:
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower rungs basic
     data: str = "shapes"         # a built-in data set, see data.py, or a folder with train/ and val/ class folders
     init_from: str = ""          # checkpoint or published weights to start from; another number of classes: new head
+    select: str = ""             # of a larger model to start from, select weights: uniform, or aligned by heads
     freeze: bool = False         # linear probing: train head and last norm alone, on the weights to start from
     seed: int = 0                # random seed of weights, order and augmentation
     dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for ImageNet and on CPUs
@@ -295,7 +297,8 @@ def main(argv=None):
     model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
     model.to(device)
     if run.init_from and not checkpoint:
-        notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
+        notes = (local_rank_0_first(select_weights, model, run.init_from, run.select) if run.select else
+                 load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True))
     if run.freeze:
         model.requires_grad_(False)
         model.norm.requires_grad_()
@@ -475,7 +478,7 @@ class Progress:
 
 
 CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
-               soft_mask_schedule=SCHEDULES)   # flags whose values are listed
+               soft_mask_schedule=SCHEDULES, select=RULES)   # flags whose values are listed
 
 
 def flag(name, value=None):
@@ -556,8 +559,8 @@ def resolve(given, checkpoint):
         raise ValueError(f"--recipe {run.recipe} is for --size {size}, not {run.size}: change one of them")
     if run.recipe in TUNING and not run.init_from:
         raise ValueError(f"--recipe {run.recipe} is for fine-tuning: give the weights to start from with --init-from")
-    if run.freeze and not run.init_from:
-        raise ValueError("--freeze trains the head alone, on weights to start from: give them with --init-from")
+    if not run.init_from and (run.freeze or run.select):
+        raise ValueError(f"--{'freeze' if run.freeze else 'select'} needs weights to start from: give --init-from")
     recipe = RECIPES[run.recipe]
     if run.recipe == "basic" and run.size in RECIPES:
         recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # the one thing that it had by the size

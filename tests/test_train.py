@@ -631,7 +631,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
-    (["--freeze"], "--freeze trains the head alone, on weights to start from: give them with --init-from"),
+    (["--freeze"], "--freeze needs weights to start from: give --init-from"),
     (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
     (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
     (["--soft-mask-schedule", "cosine"], "argument --soft-mask-schedule: invalid choice: 'cosine' (choose from constant, linear)"),

@@ -1,0 +1,169 @@
+"""Weight selection [1]: a model starts from some of the weights of a larger one.
+
+    python train.py --size nano --data cifar10 --init-from out/tiny --select uniform          # one of this repository
+    python train.py --size tiny --data IMAGENET --init-from Llama-2-7b-hf --select aligned    # LLaMA 2, as a folder
+
+Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`
+applies that to each tensor as it is, as the published repository does: rows of queries, keys and values are picked from
+the three stacked, so that a head of the small model mixes rows of several heads, and channels that RoPE rotates as a
+pair are parted. `aligned` picks heads, and in each head pairs of channels, the same for queries and keys, and single
+channels, the same for values and the projection behind them: what is kept computes what it did in the larger model.
+
+[1] Xu et al., arXiv 2311.18823
+"""
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from model import load_state, open_checkpoint, resize_positions, weights_of
+
+RULES = ("uniform", "aligned")
+LLAMA = {  # Hugging Face's names in a layer: ours in a block
+    "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
+    "self_attn.o_proj.weight": "attn.proj.weight", "mlp.gate_proj.weight": "mlp.fc1.weight",
+    "mlp.up_proj.weight": "mlp.fc3.weight", "mlp.down_proj.weight": "mlp.fc2.weight",
+    **{f"self_attn.{name}_proj.weight": f"attn.{name}.weight" for name in "qkv"}}
+
+
+def places(larger, smaller):
+    """Which of `larger` elements are kept, `smaller` of them: every k-th, or where that does not divide evenly spaced
+    ones from the first to the last, rounded."""
+    if larger < smaller:
+        raise ValueError(f"weights cannot be selected where the larger model has {larger} and this one {smaller}: "
+                         "start from a larger one")
+    if larger % smaller == 0:
+        return torch.arange(0, larger, larger // smaller)
+    return torch.linspace(0, larger - 1, smaller).round().long()
+
+
+def take(tensor, *indices):
+    """The elements at these indices of each dimension."""
+    for dim, index in enumerate(indices):
+        tensor = tensor.index_select(dim, index)
+    return tensor
+
+
+def uniform(tensor, shape):
+    return take(tensor, *(places(*sizes) for sizes in zip(tensor.shape, shape)))
+
+
+def channels(width, heads, own_width, own_heads, rotated, halves):
+    """Which of the larger model's `width` channels, rows of q, k or v, are kept: of evenly spaced heads evenly spaced
+    pairs if they are `rotated`, else single channels. `halves`: a pair is not adjacent, but half a head apart."""
+    d, own_d = width // heads, own_width // own_heads
+    if rotated:
+        first = places(d // 2, own_d // 2)                           # RoPE's frequencies: spaced alike, so kept
+        inside = torch.stack([first, first + d // 2] if halves else [2 * first, 2 * first + 1], dim=1).flatten()
+    else:
+        inside = places(d, own_d)
+    return (places(heads, own_heads)[:, None] * d + inside).flatten()
+
+
+def aligned(name, tensor, shape, heads, own_heads, halves):
+    """The part of a weight. But for those of attention that is what uniform() keeps, as it depends on the sizes alone
+    and so is the same wherever a dimension occurs."""
+    part = name.split("attn.")[-1]
+    if part.startswith("qkv"):
+        width, own = len(tensor) // 3, shape[0] // 3
+        rows = [channels(width, heads, own, own_heads, rotated, halves) for rotated in (True, True, False)]
+        rows = torch.cat([i * width + index for i, index in enumerate(rows)])
+        return take(tensor, rows, *(places(*sizes) for sizes in zip(tensor.shape[1:], shape[1:])))
+    if part == "proj.weight":
+        columns = channels(tensor.shape[1], heads, shape[1], own_heads, False, halves)
+        return take(tensor, places(len(tensor), shape[0]), columns)
+    return uniform(tensor, shape)
+
+
+def select_weights(model, source, rule):
+    """Load into a model what a rule selects of a larger one: a checkpoint, a published name or a folder of LLaMA 2.
+
+    Returns sentences about what was not there to select, and so is fresh. ValueError if the two do not fit.
+    """
+    cfg, own = model.cfg, model.state_dict()
+    if Path(source, "config.json").is_file() and not Path(source, "best.pt").is_file():
+        larger, heads, halves = *read_llama(Path(source), cfg.depth), True
+        if not (cfg.swiglu and cfg.rmsnorm):
+            raise ValueError(f"--init-from {source} has SwiGLU and RMSNorm: use --step rmsnorm or a later one")
+        fresh = [name for name in own if not name.startswith("blocks.") or name.endswith("bias")]
+    else:
+        checkpoint = open_checkpoint(source)
+        larger, heads, halves = weights_of(checkpoint), checkpoint["config"]["heads"], False
+        fresh, patch_size = [], checkpoint["config"]["patch_size"]
+        if patch_size != cfg.patch_size:
+            raise ValueError(f"--init-from {source} has patches of {patch_size} pixels: add --patch-size {patch_size}")
+        pos = larger.get("pos_embed")
+        if pos is not None and cfg.abs_pos and pos.shape[1] != cfg.tokens:
+            larger["pos_embed"] = resize_positions(pos, cfg.tokens, cfg.cls_last)
+        if "head.weight" in larger and len(larger["head.weight"]) != cfg.num_classes:
+            fresh = ["head.weight", "head.bias"]
+    missing = [name for name in own if name not in larger and name not in fresh]
+    if missing:
+        raise ValueError(f"--init-from {source} lacks {missing[0]} to select from: use a model at least as deep, and "
+                         "of this --step")
+    selected = {name: larger[name].float() for name in own if name not in fresh}
+    if any(tensor.ndim != own[name].ndim for name, tensor in selected.items()):
+        raise ValueError(f"--init-from {source} has tensors of other dimensions than this model: use other weights")
+    for name, tensor in selected.items():
+        shape = own[name].shape
+        selected[name] = (uniform(tensor, shape) if rule == "uniform" else
+                          aligned(name, tensor, shape, heads, cfg.heads, halves))
+    load_state(model, own | selected)
+    return [f"{rule} selection of larger weights"] + ([f"fresh: {', '.join(fresh)}"] if fresh else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaMA 2 in Hugging Face's layout
+
+
+def read_llama(folder, depth):
+    """({our name: tensor} of the first `depth` layers, heads) of a folder with config.json and shards, *.safetensors or
+    *.bin. Only these layers are read, and no code that a file might hold is run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not that of LLaMA 2 ({error}): use another folder") from error
+    if layers < depth:
+        raise ValueError(f"--init-from {folder} has {layers} layers, this model {depth}: use a deeper one")
+    if config.get("num_key_value_heads", heads) != heads:
+        raise ValueError(f"--init-from {folder} shares keys and values between heads, which this model does not: use "
+                         "LLaMA 2 7B or 13B")
+    found = {}
+    for name, tensor in shards(folder, lambda name: layer_of(name) < depth):
+        part = LLAMA.get(name.split(".", 3)[3])
+        if part:
+            found[f"blocks.{layer_of(name)}.{part}"] = tensor
+    for i in range(depth):
+        parts = [found.pop(f"blocks.{i}.attn.{name}.weight", None) for name in "qkv"]
+        if all(part is not None for part in parts):
+            found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts)
+    return found, heads
+
+
+def layer_of(name):
+    """The number in model.layers.NUMBER.*; infinity for what belongs to no layer."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else float("inf")
+
+
+def shards(folder, wanted):
+    """(name, tensor) of those names in a folder's files that are wanted."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ValueError(f"{folder} holds neither *.safetensors nor *.bin: use a folder with the weights")
+    for path in files:
+        try:
+            if path.suffix == ".bin":
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                yield from ((name, state[name]) for name in state if wanted(name))
+            else:
+                from safetensors import safe_open
+                with safe_open(path, framework="pt") as file:
+                    yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{path} needs safetensors: pip install safetensors") from error
+        except Exception as error:  # torch and safetensors raise half a dozen kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path} cannot be read as weights ({reason}): use another file") from error
