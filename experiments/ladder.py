@@ -65,23 +65,43 @@ def title_of(rung):
     return flags_of(rung).removeprefix("--step ")
 
 
-def train(rung, seed, args):
+def train(folder, command, jobs):
     """A run, from where it stands to its end, in a process of its own. Returns its exit code, or None if not begun."""
     if stop:
         return None
-    folder = args.out / f"{rung}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / "train.py", "--data", args.data, *FLAGS.split(), *flags_of(rung).split(),
-               "--epochs", str(args.epochs), "--seed", str(seed), "--out", folder, "--resume"]
-    threads = max(1, default_workers() // args.jobs)
+    environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, default_workers() // jobs)), PYTHONPATH=str(ROOT))
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        process = subprocess.Popen([sys.executable, *command, "--out", folder, "--resume"], stdout=log, stderr=log,
+                                   env=environment)
     while process.poll() is None:
         time.sleep(0.2)
         if stop:
             process.terminate()                                         # it saves itself
             process.wait()
     return process.returncode
+
+
+def train_all(runs, out, jobs):
+    """Runs {name: (command, fields that tell its row from others)}, so many at a time, but those that have their row in
+    rows.jsonl already. Returns whether all are finished."""
+    table = out / "rows.jsonl"
+    done = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
+    left = [name for name, (_, fields) in runs.items() if not any(row.items() >= fields.items() for row in done)]
+    print(f"{len(left)} runs to do, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(train, out / name, runs[name][0], jobs): name for name in left}
+        for future in as_completed(futures):
+            name = futures[future]
+            if future.result() == 0:
+                row = json.loads((out / name / "metrics.jsonl").read_text().splitlines()[-1]) | runs[name][1]
+                with open(table, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{name}: {row['test_acc1']:.2f} %", flush=True)
+            elif future.result() is not None:
+                stop.append("a run that failed")                        # the others save themselves, too
+                print(f"{name}: not finished, see {out / name / 'log.txt'}", flush=True)
+    return not stop
 
 
 def main():
@@ -99,26 +119,11 @@ def main():
             raise ValueError("--seeds, --epochs and --jobs must be at least 1")
         open_data(args.data, "train", 32)                               # downloaded here, once, if at all
     stop_on_signals()
-    table = args.out / "rows.jsonl"
-
-    done = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
-    done = {(row["step"], row["seed"], row["epoch"] + 1) for row in done}
-    left = [(rung, seed) for seed in range(args.seeds) for rung in args.rungs if (rung, seed, args.epochs) not in done]
-    print(f"{len(left)} runs to do, {args.jobs} at a time", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(train, rung, seed, args): (rung, seed) for rung, seed in left}
-        for run in as_completed(runs):
-            rung, seed = runs[run]
-            folder = args.out / f"{rung}-{seed}"
-            if run.result() == 0:
-                row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) | dict(step=rung)
-                with open(table, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{rung}, seed {seed}: {row['test_acc1']:.2f} %", flush=True)
-            elif run.result() is not None:
-                stop.append("a run that failed")                        # the others save themselves, too
-                print(f"{rung}, seed {seed}: not finished, see {folder / 'log.txt'}", flush=True)
-    sys.exit(1 if stop else 0)
+    flags = [ROOT / "train.py", "--data", args.data, *FLAGS.split(), "--epochs", str(args.epochs)]
+    runs = {f"{rung}-{seed}": ([*flags, *flags_of(rung).split(), "--seed", str(seed)],
+                               dict(step=rung, seed=seed, epoch=args.epochs - 1))
+            for seed in range(args.seeds) for rung in args.rungs}
+    sys.exit(0 if train_all(runs, args.out, args.jobs) else 1)
 
 
 if __name__ == "__main__":

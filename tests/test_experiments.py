@@ -46,7 +46,7 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
         [json.loads((alone / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]], rel=1e-5)
     assert ladder(tmp_path, photos, 2).startswith("2 runs to do")
     assert rows(tmp_path)[:2] == first and [row["seed"] for row in rows(tmp_path)] == [0, 0, 1, 1]
-    assert "vit, seed 0: not finished, see" in ladder(tmp_path, photos, 1, epochs=1)   # longer or shorter is another --out
+    assert "vit-0: not finished, see" in ladder(tmp_path, photos, 1, epochs=1)   # longer or shorter is another --out
     assert [row["epoch"] for row in rows(tmp_path)] == [1, 1, 1, 1]
 
 

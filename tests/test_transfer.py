@@ -1,0 +1,71 @@
+"""Transfer to other classes: one property a test."""
+import json
+import random
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from conftest import SMALL, load, refused
+from data import open_data
+from downstream import transfer
+from downstream.transfer import Part, open_part
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory):
+    """A folder with four classes of 40 training and 8 validation images, each of a colour of its own."""
+    root = tmp_path_factory.mktemp("animals")
+    for i, name in enumerate(("ant", "bee", "cat", "dog")):
+        for split, count in (("train", 40), ("val", 8)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                rng = random.Random(f"{name} {split} {k}")
+                colour = tuple(rng.randrange(60, 200) for _ in range(3))
+                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{k:02}.png")
+    return root
+
+
+def test_the_halves_share_no_class_and_number_their_own_from_0(animals):
+    first, rest = (open_part(f"{animals}:{part}", "train", 16) for part in ("first", "rest-100-0"))
+    assert (first.classes, rest.classes) == (["ant", "bee"], ["cat", "dog"])
+    assert [Counter(part[i][1] for i in range(len(part))) for part in (first, rest)] == [{0: 40, 1: 40}] * 2
+
+
+def test_a_percentage_is_of_each_class_and_repeated_to_the_same_length(animals):
+    part = open_part(f"{animals}:rest-25-0", "train", 16)
+    seen = Counter((part[i][0].getpixel((0, 0)), part[i][1]) for i in range(len(part)))
+    assert len(part) == 80 and part.images == 20 and set(seen.values()) == {4}
+    assert Counter(label for _, label in seen) == {0: 10, 1: 10}
+    assert len(open_part(f"{animals}:rest-25-0", "val", 16)) == 16           # all of them, each once
+
+
+def test_the_images_of_a_part_depend_on_the_seed_and_smaller_parts_are_within_larger_ones(animals):
+    source = open_data(str(animals), "train", 16)
+    small, large, other = (set(Part(source, ["cat", "dog"], percent, seed).places) for percent, seed in ((5, 0), (25, 0), (5, 1)))
+    assert small < large and small != other and len(small) == len(other) == 4
+
+
+@pytest.mark.slow
+def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_were(animals, monkeypatch, tmp_path):
+    flags = " ".join(SMALL) + " --batch-size 16"
+    monkeypatch.setattr(transfer, "FLAGS", flags)
+    monkeypatch.setattr(transfer, "PERCENT", (5, 100))
+    for _ in range(2):                                                       # the second time nothing is left to do
+        with pytest.raises(SystemExit) as end:
+            transfer.main([*"--seeds 1 --epochs 1 --pretrain-epochs 1 --data".split(), str(animals), "--out", str(tmp_path)])
+        assert end.value.code == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert Counter((row["step"], row["start"]) for row in rows) == {
+        (step, start): 1 if start == "pretraining" else 2
+        for step in transfer.RUNGS for start in ("pretraining", *transfer.STARTS)}
+    before = load(tmp_path / "first-soft_mask-0" / "last.pt")["model"]
+    for start, same in (("probe", True), ("fine-tuning", False)):
+        after = load(tmp_path / f"{start}-5-soft_mask-0" / "last.pt")
+        assert (after["model"]["blocks.0.attn.qkv.weight"] == before["blocks.0.attn.qkv.weight"]).all() == same
+        assert after["classes"] == ["cat", "dog"] and after["alpha"] == 0
+
+
+def test_bad_input_is_refused(photos, capsys):
+    assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
+    assert "must be at least 1" in refused(transfer, ["--seeds", 0], capsys)
