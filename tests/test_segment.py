@@ -424,6 +424,16 @@ def test_two_ranks_train_as_one(streets, tmp_path):
         assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_ranks_evaluate_with_the_statistics_that_they_save(streets, tmp_path):
+    flags = "--data", streets, "--out", tmp_path / "two", *TINY, "--head", "upernet", "--depth", 3
+    code, said, errors = torchrun(2, "-m", "downstream.segment", *flags)
+    assert code == 0, errors
+    model, val = open_segmenter(str(tmp_path / "two" / "last.pt"), "cpu")[0], open_scenes(str(streets), "validation", 20)
+    result = evaluate(model, segment.validation(val), 20, torch.device("cpu"))
+    assert metrics(tmp_path / "two")[-1]["test_iou"] == result["test_iou"]
+
+
 def test_it_starts_from_a_classifiers_weights_which_say_what_the_model_is(photos, streets, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "a"), *SMALL, "--epochs", "1", "--step", "rope", "--abs-pos"])
     source = load(tmp_path / "a" / "best.pt")["model"]
@@ -450,7 +460,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         ([*data, "--lr", "nan"], "--lr is nan"),
         (["--resume", trained, "--lr", 1], "--resume goes on with the run as it was started"),
         (["--resume", finished], "lacks"),
-        (["eval", finished], "recipe has the unknown field 'augment': use another file"),
+        (["eval", finished], "has the unknown field 'freeze': use another file"),
         (["eval", trained, "--image", "nowhere.png"], "nowhere.png cannot be read"),
         (["eval", trained, "--image", "a.png", "--data", streets], "--image segments one image alone"),
         (["eval", trained, "--data", "scenes"], "but the model knows"),
