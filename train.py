@@ -99,8 +99,8 @@ IN21K = replace(  # launch scripts l6 and l9, which leave mixup and cutmix at th
 TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12, hft18; no mixup or CutMix, as the logged accuracies confirm
     BASIC, epochs=30, batch_size=512, micro_batch=32, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
 TUNE_384 = replace(TUNE, img_size=384, micro_batch=16)
-TRANSFER = replace(  # launch scripts r22 to r27; of their soft masks (linear 25, linear 50, constant 50) the first
-    BASIC, batch_size=512, micro_batch=64, lr=2e-3, soft_mask_schedule="linear", soft_mask_epochs=25)
+TRANSFER = replace(  # launch scripts r22 to r27, for 4 GPUs; of their soft masks (linear or constant) the first
+    BASIC, batch_size=1024, micro_batch=256, lr=2e-3, soft_mask_schedule="linear", soft_mask_epochs=25)
 
 RECIPES = {
     "small-data": SMALL_DATA,
@@ -117,7 +117,7 @@ RECIPES = {
     "large-in21k-224": replace(TUNE, lr=6e-5, drop_path=0.3),
     "large-in21k-384": replace(TUNE_384, lr=3.5e-5, drop_path=0.3),
     "transfer": TRANSFER,
-    "transfer-flowers": replace(TRANSFER, epochs=600, warmup_epochs=100),
+    "transfer-flowers": replace(TRANSFER, epochs=600, warmup_epochs=100, batch_size=512, micro_batch=64),
 }
 TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384", "transfer",
           "transfer-flowers")                # start from weights
@@ -327,15 +327,8 @@ def main(argv=None):
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     for line in introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
         say(line)
-    if run.init_from and not checkpoint:
-        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
-    if path:
-        finished = ", finished" * (state.epoch == recipe.epochs)
-        say(f"resume  {path} at iteration {state.iteration:,} of {recipe.epochs * per_epoch:,}{finished}")
-    else:
-        say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
-    if checkpoint and checkpoint["ranks"] != world:
-        say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
+    for line in beginning(run, notes, folder, path, checkpoint, world, given, recipe.epochs, recipe.epochs * per_epoch):
+        say(line)
     rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     def save_run(improved=False):
@@ -415,19 +408,40 @@ def main(argv=None):
 
 def introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
     """The first lines of a run: all that tells it from another."""
-    accumulate, per_epoch = recipe.batch_size // world // micro_batch, len(train) // recipe.batch_size
-    batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
-    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
-    usual, ablation = asdict(RECIPES[run.recipe]), flags_of(overrides(cfg, run.size, run.step))
-    changes = flags_of({name: value for name, value in asdict(recipe).items() if value != usual[name]})
+    ablation = flags_of(overrides(cfg, run.size, run.step))
     return [
         f"model   {run.size}, step {run.step}{ablation}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} "
         f"pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}",
         f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes",
-        f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes}: "
-        f"{plural(recipe.epochs, 'epoch')} of {plural(per_epoch, 'iteration')}",
-        f"device  {device.type}{threads}, {run.dtype}{extras}"]
+        f"{batch_line(run, recipe, RECIPES, world, micro_batch)}: "
+        f"{plural(recipe.epochs, 'epoch')} of {plural(len(train) // recipe.batch_size, 'iteration')}",
+        device_line(run, machine, device)]
+
+
+def batch_line(run, recipe, recipes, world, micro_batch):
+    accumulate, usual = recipe.batch_size // world // micro_batch, asdict(recipes[run.recipe])
+    batch = f"{plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x {plural(micro_batch, 'image')}"
+    changes = flags_of({name: value for name, value in asdict(recipe).items() if value != usual[name]})
+    return f"batch   {recipe.batch_size} = {batch}; recipe {run.recipe}{changes}"
+
+
+def device_line(run, machine, device):
+    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
+    return f"device  {device.type}{threads}, {run.dtype}{extras}"
+
+
+def beginning(run, notes, folder, path, checkpoint, world, given, last, iterations):
+    """The lines that say where a run begins: weights, folder, and what it resumes; `last` is the epoch of its end."""
+    if checkpoint:
+        finished = ", finished" * (checkpoint["epoch"] == last)
+        yield f"resume  {path} at iteration {checkpoint['iteration']:,} of {iterations:,}{finished}"
+        if checkpoint["ranks"] != world:
+            yield f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ"
+    else:
+        if run.init_from:
+            yield f"init    {'; '.join([f'weights of {run.init_from}', *notes])}"
+        yield f"run     {folder}{', nothing to resume' * ('resume' in given)}"
 
 
 class Progress:

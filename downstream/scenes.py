@@ -3,8 +3,8 @@
     train = open_scenes("PATH", "training", short_side=180)    # pairs (PIL image, annotation), and .classes
     images = Annotated(train, partial(train_transform, size=128, short_side=180), seed=0)
 
-An annotation is a PIL image of the same size with one channel: 0 is unlabelled and does not count, k is the k-th class.
-As a tensor it holds classes from 0 on, and -1 for what does not count.
+An annotation is a PIL image of the same size with one channel: 0 is unlabelled and ignored, k is the k-th class. As a
+tensor it holds classes from 0 on, and -1 for what is ignored.
 """
 import random
 from pathlib import Path
@@ -63,7 +63,11 @@ def read_classes(root):
     """The names of the classes 1, 2, ...; ADE20K's list has them in the last of its columns, below a title."""
     for name in ("classes.txt", "objectInfo150.txt"):
         if (root / name).is_file():
-            lines = [line.split("\t")[-1].strip() for line in (root / name).read_text().splitlines() if line.strip()]
+            try:
+                text = (root / name).read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{root / name} is not text in UTF-8 ({error}): save it as that") from error
+            lines = [line.split("\t")[-1].strip() for line in text.splitlines() if line.strip()]
             classes = lines if name == "classes.txt" else lines[1:]
             if not 2 <= len(classes) <= 255:
                 raise ValueError(f"{root / name} names {len(classes)} classes; it must be 2 to 255, one per line")
@@ -93,8 +97,8 @@ def read_annotation(path, size, classes):
 
 
 class Scenes(Dataset):
-    """Two to five of data.py's shapes before a dark background, which is a class of its own. A scene is a function of
-    (seed, split, index) at any size; its sides are as 3 to 4. Each shape may hide what was drawn before it."""
+    """Two to five of data.py's shapes in front of a dark background, which is a class of its own; a shape may hide what
+    was drawn before it. A scene is a function of (seed, split, index) at any size, with an aspect ratio of 4:3."""
     classes = ["background", *SHAPES]
     count = {"training": 2_000, "validation": 200}
 
@@ -141,7 +145,7 @@ def eval_transform(image, mask, rng):
 def train_transform(image, mask, rng, size, short_side):
     """Published: resize to 0.5 to 2 times the shorter side, crop, flip half of the images, distort their colours."""
     short = max(1, round(short_side * rng.uniform(0.5, 2)))
-    longest = max(short + 1, 4 * short)                    # a longer side counts instead: of a panorama, little is left
+    longest = 4 * short + 1                                # a panorama is made smaller: its longer side is that long
     image = TF.resize(image, short, InterpolationMode.BILINEAR, max_size=longest)
     mask = TF.resize(mask, short, InterpolationMode.NEAREST, max_size=longest)
     image, mask = crop(image, mask, rng, size)
@@ -153,9 +157,8 @@ def train_transform(image, mask, rng, size, short_side):
 def crop(image, mask, rng, size, most=0.75):
     """size x size from anywhere, padded at the right and the bottom where the image is smaller; drawn again, up to ten
     times, if a single class covers more than `most` of what is labelled."""
-    missing = [max(0, size - side) for side in image.size]
-    image = TF.pad(image, [0, 0, *missing], fill=FILL)
-    mask = TF.pad(mask, [0, 0, *missing], fill=0)
+    padding = [0, 0, *(max(0, size - side) for side in image.size)]
+    image, mask = TF.pad(image, padding, fill=FILL), TF.pad(mask, padding, fill=0)
     for _ in range(10):
         left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
         box = left, top, left + size, top + size
@@ -166,7 +169,7 @@ def crop(image, mask, rng, size, most=0.75):
     return image.crop(box), part
 
 
-DISTORTIONS = (  # and their bounds: mmsegmentation's, but that its brightness adds up to 32 of 255 levels
+DISTORTIONS = (  # torchvision's, with mmsegmentation's bounds: see docs/downstream.md for how these differ
     (TF.adjust_brightness, 0.875, 1.125), (TF.adjust_contrast, 0.5, 1.5),
     (TF.adjust_saturation, 0.5, 1.5), (TF.adjust_hue, -0.1, 0.1))
 

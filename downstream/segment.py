@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,9 +32,9 @@ from eval import (DEVICES, Parser, default_workers, local_rank_0_first, on_rank_
                   stop, stop_on_signals)
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
-from train import (CHOICES, PREEMPTED, Machine, Progress, add_flags, check_health, check_ranks, find_resume, flag,
-                   flags_of, load_optimizer, make_folder, micro_batches, name_of, pick, plural, prepare, save,
-                   split_batch, sum_over_ranks, with_saved, wrap, write)
+from train import (CHOICES, PREEMPTED, Machine, Progress, add_flags, batch_line, beginning, check_health, check_ranks,
+                   device_line, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches, name_of, pick,
+                   plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap, write)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def open_backbone(run, recipe, given, classes):
             raise ValueError(f"{flag(name, given[name])} does not fit the weights of --init-from, which are of "
                              f"{flag(name, known[name])}: drop the flag, or --init-from")
     run, recipe = replace(run, size=known["size"], step=known["step"]), replace(recipe, patch_size=known["patch_size"])
-    return run, recipe, replace(Config(**source["config"]), **crops), weights_of(source)
+    weights = {name.removeprefix("backbone."): value for name, value in weights_of(source).items()
+               if not name.startswith("decode.")}                                # of a run of this program, too
+    return run, recipe, replace(Config(**source["config"]), **crops), weights
 
 
 def open_splits(run, recipe, checkpoint):
@@ -156,8 +159,18 @@ def open_splits(run, recipe, checkpoint):
 
 def load_backbone(backbone, weights):
     """load_weights() but for the parts that a Segmenter's backbone does not have."""
-    gone = [name for name in ("head", "norm") if isinstance(getattr(backbone, name), nn.Identity)]
-    return load_weights(backbone, {name: value for name, value in weights.items() if name.split(".")[0] not in gone})
+    absent = [name for name in ("head", "norm") if isinstance(getattr(backbone, name), nn.Identity)]
+    return load_weights(backbone, {name: value for name, value in weights.items() if name.split(".")[0] not in absent})
+
+
+def open_validation(checkpoint, data):
+    """The validation split of `data`, by default of what the model was trained on. ValueError for other classes."""
+    data = data or checkpoint["run"]["data"]
+    val = open_scenes(data, SPLITS[1], checkpoint["recipe"]["short_side"])
+    if val.classes != checkpoint["classes"]:
+        raise ValueError(f"--data {data} has the classes {shorten(val.classes)}, but the model knows "
+                         f"{shorten(checkpoint['classes'])}: use the data that it was trained on")
+    return val
 
 
 def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
@@ -197,8 +210,8 @@ def train(argv):
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
     state = State(**pick(State, checkpoint or {}))
     micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
-    if recipe.head == "upernet" and micro_batch == 1:
-        raise ValueError("--head upernet normalizes over the micro-batch, which is of 1 crop here: make it larger")
+    if recipe.head == "upernet" and micro_batch == 1 and not (device.type == "cuda" and world > 1):
+        raise ValueError("--head upernet normalizes over the micro-batch, which has 1 crop here: make it larger")
     data, val = open_splits(run, recipe, checkpoint)
     if checkpoint:
         cfg, weights = Config(**checkpoint["config"]), None
@@ -239,12 +252,11 @@ def train(argv):
     say(f"model   {run.size}, step {run.step}{flags_of(overrides(cfg, run.size, run.step))}, head {recipe.head}: "
         f"{n_parameters:,} parameters, crops of {cfg.img_size} x {cfg.img_size} pixels in patches of {cfg.patch_size}")
     say(f"data    {run.data}: {len(data):,} images to train, {len(val):,} to test, {len(data.classes)} classes")
-    say(f"batch   {recipe.batch_size} = {plural(world, 'rank')} x {plural(accumulate, 'micro-batch', 'es')} x "
-        f"{plural(micro_batch, 'crop')}; recipe {run.recipe}: {plural(recipe.iterations, 'iteration')}")
-    say(f"device  {device.type}, {run.dtype}")
-    if weights:
-        say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
-    say(f"resume  {path} at iteration {state.iteration:,}" if path else f"run     {folder}")
+    say(f"{batch_line(run, recipe, RECIPES, world, micro_batch)}: {plural(recipe.iterations, 'iteration')}")
+    say(device_line(run, machine, device))
+    periods = recipe.iterations // recipe.eval_every
+    for line in beginning(run, notes, folder, path, checkpoint, world, given, periods, recipe.iterations):
+        say(line)
     rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     def save_run(improved=False):
@@ -257,7 +269,7 @@ def train(argv):
             dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
         sys.exit(PREEMPTED)
 
-    for period in range(state.epoch, recipe.iterations // recipe.eval_every):
+    for period in range(state.epoch, periods):
         end = (period + 1) * recipe.eval_every
         model.train()
         progress.start(f"to iteration {end}", period, state.iteration)
@@ -280,7 +292,7 @@ def train(argv):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
             loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
             state.unreadable += int(faults)
-            check_health(loss_sum, norm, state, len(data), folder, scaler)
+            check_health(loss_sum, norm, state, recipe.eval_every * recipe.batch_size, folder, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -329,6 +341,8 @@ def train(argv):
 def open_segmenter(source, device):
     """(model, checkpoint) of a run's folder or file, on a device."""
     checkpoint = local_rank_0_first(read_checkpoint, source)
+    if "head" not in (checkpoint.get("recipe") or {}):
+        raise ValueError(f"{source} is no run of downstream.segment: start one with --init-from {source}")
     validate(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, classes=list), source)
     model = Segmenter(Config(**checkpoint["config"]), Recipe(**checkpoint["recipe"]).head)
     load_state(model, checkpoint["model"])
@@ -347,7 +361,7 @@ def draw(image, predicted, classes):
     pen, x = ImageDraw.Draw(page), 2 * image.width + 8
     for row, i in enumerate(present):
         pen.rectangle((x, 16 * row + 4, x + 12, 16 * row + 16), fill=colours[i])
-        pen.text((x + 18, 16 * row + 4), classes[i], fill="black")
+        pen.text((x + 18, 16 * row + 4), classes[i].split(",")[0], fill="black")         # ADE20K's have synonyms
     return page
 
 
@@ -355,31 +369,32 @@ def evaluate_run(argv):
     parser = Parser(prog="python -m downstream.segment eval", allow_abbrev=False)
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt")
     parser.add_argument("--data", help="scenes, or a folder in ADE20K's layout; default: the run's own")
-    parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and mirror images")
+    parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and horizontal flips")
     parser.add_argument("--image", help="segment this image alone, and draw it")
-    parser.add_argument("--draw", default="segmentation.png", help="where that is drawn")
+    parser.add_argument("--draw", help="where that is drawn; default: segmentation.png")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
     args = parser.parse_args(argv)
-    if args.image and args.data:
-        raise ValueError("--image segments one image alone: drop it, or --data")
+    if args.image and (args.data or args.json):
+        raise ValueError("--image segments one image alone, and draws it: drop it, or --data and --json")
+    if args.draw and (not args.image or Path(args.draw).suffix.lower() != ".png"):
+        raise ValueError(f"--draw {args.draw} is the PNG of an --image: give an --image, and a name that ends in .png")
+    if not 0 <= args.workers <= 1024:
+        raise ValueError(f"--workers is {args.workers}; it must be from 0 to 1024")
     rank, world, device, _ = setup(args.device)
     model, checkpoint = open_segmenter(args.checkpoint, device)
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
-        image = read_image(args.image)
+        image, file = read_image(args.image), args.draw or "segmentation.png"
         with torch.no_grad():
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
-        draw(image, predicted, classes).save(args.draw)
-        print(f"{args.draw} has {args.image}, the class of each pixel, and the legend")
-        return
-    data = args.data or checkpoint["run"]["data"]
-    val = open_scenes(data, SPLITS[1], short_side)
-    if val.classes != classes:
-        raise ValueError(f"--data {data} has the classes {shorten(val.classes)}, but the model knows "
-                         f"{shorten(classes)}: use the data that it was trained on")
+        if rank == 0:
+            draw(image, predicted, classes).save(file)
+            print(f"{file} has {args.image}, the class of each pixel, and the legend")
+        return shut_down()
+    val = open_validation(checkpoint, args.data)
     result = evaluate(model, validation(val, rank, world, args.workers, device), short_side, device, **views)
     if rank == 0 and args.json:
         print(json.dumps(result | dict(images=len(val), multi_scale=args.multi_scale)))

@@ -98,6 +98,8 @@ class Segmenter(nn.Module):
         self.taps = HEADS[head].taps(cfg.depth)
         if self.taps[0] < 0:
             raise ValueError(f"--head {head} needs at least 3 blocks, but depth is {cfg.depth}: use --head linear")
+        if head == "upernet" and cfg.tokens < 5:
+            raise ValueError(f"--head {head} needs crops of at least 2 x 2 patches: make --img-size larger")
         self.backbone = VisionTransformer(cfg)
         self.backbone.head = nn.Identity()
         if not HEADS[head].final_norm:
@@ -106,23 +108,24 @@ class Segmenter(nn.Module):
 
     def features(self, images):
         """The map (B, D, H, W) of the patches after each tapped block; the class token is dropped."""
-        model, maps = self.backbone, []
+        model, maps = self.backbone, {}
         x, side = model.embed(images), model.cfg.img_size // model.cfg.patch_size
         for i, block in enumerate(model.blocks):
             x = block(x, model.rope, model.mask)                                 # B, N, D
             if i in self.taps:
                 patches = x[:, :-1] if model.cfg.cls_last else x[:, 1:]
-                maps += [model.norm(patches).transpose(1, 2).unflatten(2, (side, side))] * self.taps.count(i)
-        return maps
+                maps[i] = model.norm(patches).transpose(1, 2).unflatten(2, (side, side))
+        return [maps[i] for i in self.taps]
 
     def forward(self, images):
-        return [resize(logits, images.shape[2:]) for logits in self.decode(self.features(images))]
+        logits = self.decode(self.features(images))      # in float32 from here: a patch's gradient sums over its pixels
+        return [resize(maps.float(), images.shape[2:]) for maps in logits]
 
 
 def pixel_loss(outputs, labels, auxiliary=0.4):
     """Cross-entropy of a Segmenter's outputs and labels (B, S, S), a second output with weight `auxiliary`.
 
-    The mean is over all pixels, those that do not count contribute 0: as published, and never 0 / 0.
+    The mean is over all pixels, to which ignored ones contribute 0: as published, and never 0 / 0.
     """
     losses = [F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
               for logits in outputs]
@@ -154,7 +157,7 @@ def slide(model, image):
 
 def predict(model, image, short_side, scales=(1,), flip=False):
     """Probabilities (classes, H, W) of an image, uint8 (3, H, W), resized to `short_side` times each of the scales, at
-    least to a window: the mean over scales, and with `flip` over the mirror images too."""
+    least to a window: the mean over scales, and with `flip` over horizontal flips too."""
     least, views = model.backbone.cfg.img_size, []
     for scale in scales:
         scaled = TF.resize(image, max(least, round(scale * short_side)))

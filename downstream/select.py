@@ -6,7 +6,7 @@
 Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`
 applies that to each tensor as it is, as the published repository does: rows of queries, keys and values are picked from
 the three stacked, so that a head of the small model mixes rows of several heads, and channels that RoPE rotates as a
-pair are parted. `aligned` picks heads, and in each head pairs of channels, the same for queries and keys, and single
+pair are separated. `aligned` picks heads, and in each head pairs of channels, the same for queries and keys, and single
 channels, the same for values and the projection behind them: what is kept computes what it did in the larger model.
 
 [1] Xu et al., arXiv 2311.18823
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from model import load_state, open_checkpoint, resize_positions, weights_of
+from data import shorten
+from model import Config, load_state, open_checkpoint, resize_positions, weights_of
 
 RULES = ("uniform", "aligned")
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -82,7 +83,7 @@ def select_weights(model, source, rule):
     Returns sentences about what was not there to select, and so is fresh. ValueError if the two do not fit.
     """
     cfg, own = model.cfg, model.state_dict()
-    if Path(source, "config.json").is_file() and not Path(source, "best.pt").is_file():
+    if is_llama(source):
         larger, heads, halves = *read_llama(Path(source), cfg.depth), True
         if not (cfg.swiglu and cfg.rmsnorm):
             raise ValueError(f"--init-from {source} has SwiGLU and RMSNorm: use --step rmsnorm or a later one")
@@ -90,9 +91,11 @@ def select_weights(model, source, rule):
     else:
         checkpoint = open_checkpoint(source)
         larger, heads, halves = weights_of(checkpoint), checkpoint["config"]["heads"], False
-        fresh, patch_size = [], checkpoint["config"]["patch_size"]
-        if patch_size != cfg.patch_size:
-            raise ValueError(f"--init-from {source} has patches of {patch_size} pixels: add --patch-size {patch_size}")
+        fresh, theirs = [], Config(**checkpoint["config"])
+        for field in ("patch_size", "swiglu", "rmsnorm", "cls_last", "rope", "abs_pos"):
+            if getattr(theirs, field) != getattr(cfg, field):
+                raise ValueError(f"--init-from {source} has {field} {getattr(theirs, field)}, this model "
+                                 f"{getattr(cfg, field)}: change --step or the flag")
         pos = larger.get("pos_embed")
         if pos is not None and cfg.abs_pos and pos.shape[1] != cfg.tokens:
             larger["pos_embed"] = resize_positions(pos, cfg.tokens, cfg.cls_last)
@@ -100,21 +103,27 @@ def select_weights(model, source, rule):
             fresh = ["head.weight", "head.bias"]
     missing = [name for name in own if name not in larger and name not in fresh]
     if missing:
-        raise ValueError(f"--init-from {source} lacks {missing[0]} to select from: use a model at least as deep, and "
-                         "of this --step")
-    selected = {name: larger[name].float() for name in own if name not in fresh}
-    if any(tensor.ndim != own[name].ndim for name, tensor in selected.items()):
-        raise ValueError(f"--init-from {source} has tensors of other dimensions than this model: use other weights")
-    for name, tensor in selected.items():
-        shape = own[name].shape
-        selected[name] = (uniform(tensor, shape) if rule == "uniform" else
-                          aligned(name, tensor, shape, heads, cfg.heads, halves))
+        raise ValueError(f"--init-from {source} lacks {missing[0]} to select from: use a model at least as deep")
+    selected = {}
+    for name in [name for name in own if name not in fresh]:
+        tensor, shape = larger[name], own[name].shape
+        if tensor.ndim != len(shape):
+            raise ValueError(f"{name} of --init-from {source} has {tensor.ndim} dimensions, not {len(shape)}: use "
+                             "other weights")
+        part = uniform(tensor, shape) if rule == "uniform" else aligned(name, tensor, shape, heads, cfg.heads, halves)
+        selected[name] = part.float()
     load_state(model, own | selected)
-    return [f"{rule} selection of larger weights"] + ([f"fresh: {', '.join(fresh)}"] if fresh else [])
+    return [f"{rule} selection of larger weights"] + ([f"fresh: {shorten(fresh)}"] if fresh else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaMA 2 in Hugging Face's layout
+
+
+def is_llama(source):
+    """Whether it is a folder of a Hugging Face model. A run of train.py has a config.json of its own."""
+    path = Path(source, "config.json")
+    return path.is_file() and '"hidden_size"' in path.read_text(errors="replace")
 
 
 def read_llama(folder, depth):

@@ -9,6 +9,7 @@ three run for the same number of iterations; the images of a part are repeated, 
 """
 import argparse
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +21,8 @@ from eval import default_workers, report_errors, stop_on_signals
 from experiments.ladder import train_all
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3 --workers 0 --device cpu"
-RUNGS = {"rmsnorm": "", "soft_mask": "--soft-mask-epochs 0"}      # ViT and iLLaMA; what keeps their attention as it is
-PERCENT = (1, 5, 25, 100)                                         # of the training images
-STARTS = {"scratch": "", "fine-tuning": "--init-from {weights}",
-          "probe": "--init-from {weights} --freeze --lr 1e-2 {as_it_is}"}
+RUNGS = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}         # ViT and iLLaMA; flags that keep alpha at 0
+PERCENT = (1, 5, 25, 100)                                                 # of the training images
 
 
 class Part(Dataset):
@@ -32,14 +31,14 @@ class Part(Dataset):
 
     def __init__(self, source, classes, percent=100, seed=0):
         labels = source.labels if hasattr(source, "labels") else source.targets          # ImageFolder's, torchvision's
-        self.source, self.classes, self.places, every = source, classes, [], 0
+        self.source, self.classes, self.places, total = source, classes, [], 0
         for name in classes:
             places = [i for i, label in enumerate(labels) if source.classes[label] == name]
-            every += len(places)
+            total += len(places)
             random.Random(f"{seed} {name}").shuffle(places)
             self.places += places[: max(1, len(places) * percent // 100)]
         self.images = len(self.places)                                                   # different ones
-        self.places = [self.places[i % self.images] for i in range(every)]
+        self.places = [self.places[i % self.images] for i in range(total)]
 
     def __len__(self):
         return len(self.places)
@@ -52,13 +51,14 @@ class Part(Dataset):
 def open_part(name, split, img_size):
     """NAME:first, the first half of the classes of a data set, or NAME:rest-PERCENT-SEED, the others; a percentage
     counts in training alone."""
-    data_name, part = name.rsplit(":", 1)
-    source = data.open_data(data_name, split, img_size)
+    part = re.fullmatch(r"(.+):(first|rest-(\d+)-(\d+))", name)
+    if not part:
+        raise ValueError(f"--data {name} is no part of a data set: give NAME:first or NAME:rest-PERCENT-SEED")
+    source = data.open_data(part[1], split, img_size)
     half = len(source.classes) // 2
-    if part == "first":
+    if part[2] == "first":
         return Part(source, list(source.classes[:half]))
-    percent, seed = map(int, part.removeprefix("rest-").split("-"))
-    return Part(source, list(source.classes[half:]), percent if split == "train" else 100, seed)
+    return Part(source, list(source.classes[half:]), int(part[3]) if split == "train" else 100, int(part[4]))
 
 
 def train_on_part(argv):
@@ -74,17 +74,19 @@ def runs(args):
     command = ["-m", "downstream.transfer", "train", *FLAGS.split()]
     first, rest = {}, {}
     for seed in range(args.seeds):
-        for step, as_it_is in RUNGS.items():
+        for step, alpha_0 in RUNGS.items():
             flags = [*command, "--step", step, "--seed", str(seed)]
+            row = dict(data=args.data, step=step, seed=seed)
             name = f"first-{step}-{seed}"
             first[name] = ([*flags, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
-                           dict(step=step, seed=seed, start="pretraining"))
+                           row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
+            weights = ["--init-from", args.out / name / "last.pt"]
+            starts = {"scratch": [], "fine-tuning": weights, "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
             for percent in PERCENT:
-                for start, extra in STARTS.items():
-                    extra = extra.format(weights=args.out / name / "last.pt", as_it_is=as_it_is).split()
+                for start, more in starts.items():
                     rest[f"{start}-{percent}-{step}-{seed}"] = (
-                        [*flags, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *extra],
-                        dict(step=step, seed=seed, start=start, percent=percent))
+                        [*flags, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
+                        row | dict(start=start, percent=percent, epoch=args.epochs - 1))
     return first, rest
 
 
@@ -103,6 +105,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.seeds, args.epochs, args.pretrain_epochs, args.jobs) < 1:
         raise ValueError("--seeds, --epochs, --pretrain-epochs and --jobs must be at least 1")
+    if args.data.startswith(("shapes", "flowers")):
+        raise ValueError(f"--data {args.data} is not supported here: use cifar10, cifar100 or a folder")
     if len(data.open_data(args.data, "train", 32).classes) < 4:                          # downloaded here, once
         raise ValueError(f"--data {args.data} has fewer than four classes: use data with two for each half")
     stop_on_signals()

@@ -6,13 +6,14 @@ A patch at the top left attends to nothing but itself, one at the bottom right t
 images, predicted by overlapping windows as in evaluation, in eight bands; and over the windows, each on its own, by the
 rows and columns of its patches, as the sequence begins anew in each window.
 """
+from statistics import fmean
+
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from downstream.scenes import SPLITS, open_scenes
-from downstream.segment import open_segmenter, validation
+from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import confusion, predict, scores, starts
 from eval import Parser, report_errors, setup
 from experiments.properties import report
@@ -39,12 +40,20 @@ def windows_of(image, labels, short_side, size):
             yield image[box], labels[box]
 
 
+def band_scores(matrix):
+    """(mIoU, pixel accuracy) in a band: the mean over the classes that occur there, the same ones for every model."""
+    result = scores(matrix)
+    known = [iou for iou, pixels in zip(result["test_iou"], matrix.sum(1)) if pixels]
+    return round(fmean(known or [0]), 3), round(result["test_pixel_acc"], 3)
+
+
 def profile(counts):
     """mIoU and pixel accuracy by row and by column of by_cell()'s counts."""
-    sides = dict(rows=map(scores, counts.sum(1)), columns=map(scores, counts.sum(0)))
-    sides = {side: list(bands) for side, bands in sides.items()}
-    return {f"{side}_{name}": [round(band[f"test_{name}"], 3) for band in bands]
-            for side, bands in sides.items() for name in ("miou", "pixel_acc")}
+    found = {}
+    for side, matrices in dict(rows=counts.sum(1), columns=counts.sum(0)).items():
+        miou, accuracy = zip(*map(band_scores, matrices))
+        found |= {f"{side}_miou": miou, f"{side}_pixel_acc": accuracy}
+    return found
 
 
 @torch.no_grad()
@@ -74,7 +83,7 @@ def main(argv=None):
         for source in args.checkpoints:
             model, checkpoint = open_segmenter(source, device)
             run, short_side = checkpoint["run"], checkpoint["recipe"]["short_side"]
-            val = open_scenes(args.data or run["data"], SPLITS[1], short_side)
+            val = open_validation(checkpoint, args.data)
             report(dict(step=run["step"], seed=run["seed"], init_from=run["init_from"],
                         **measure(model, validation(val), short_side)), args.out)
 

@@ -9,11 +9,13 @@ import pytest
 
 import train
 from conftest import ROOT, SMALL
+from downstream import segment
 from experiments import report
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
-COMMANDS = COMMANDS.replace("$FLAGS", re.search(r'^FLAGS="(.*)"$', COMMANDS, re.M)[1]).replace("$seed", "0")
+for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", "0"), ("step", "vit")]:
+    COMMANDS = COMMANDS.replace(f"${name}", value)
 
 
 def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
@@ -66,12 +68,17 @@ def test_training_commands_have_flags_that_exist(command):
     train.parse_flags(shlex.split(command))
 
 
+@pytest.mark.parametrize("command", re.findall(r"-m downstream\.segment(?! eval)(.*?)(?:#.*)?$", COMMANDS, re.M))
+def test_segmentation_commands_have_flags_that_exist(command):
+    segment.parse_flags(shlex.split(command))
+
+
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+)(.*?)(?:#.*)?$",
-                          COMMANDS, re.M)
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+"
+                          r"|downstream\.where|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
-            "bench_model", "bench_data", "bench_files", "soak"))}
+            "bench_model", "bench_data", "bench_files", "soak")), "downstream.where", "downstream.segment"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares

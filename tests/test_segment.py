@@ -315,6 +315,8 @@ def spoil(folder, what):
         (folder / "images" / "validation" / "0.png").unlink()
     elif what == "classes":
         (folder / "classes.txt").unlink()
+    elif what == "encoding":
+        (folder / "classes.txt").write_bytes("rot\ngrün\nblau".encode("latin-1"))
     elif what == "split":
         (folder / "images" / "validation").rename(folder / "images" / "val")
 
@@ -322,7 +324,7 @@ def spoil(folder, what):
 @pytest.mark.parametrize("what, said", [
     ("missing", "only one of them has 0"), ("image", "only one of them has 0"), ("size", "has 5 x 5 pixels, its image"),
     ("label", "holds class 4, but there are 3"), ("rgb", "has the mode RGB"), ("broken", "cannot be read as an annotation"),
-    ("classes", "classes.txt is missing"), ("split", "is missing")])
+    ("classes", "classes.txt is missing"), ("split", "is missing"), ("encoding", "is not text in UTF-8")])
 def test_bad_annotations_are_refused_in_one_sentence(what, said, streets, trained, tmp_path, capsys):
     shutil.copytree(streets, tmp_path / "spoilt")
     spoil(tmp_path / "spoilt", what)
@@ -460,7 +462,11 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         ([*data, "--lr", "nan"], "--lr is nan"),
         (["--resume", trained, "--lr", 1], "--resume goes on with the run as it was started"),
         (["--resume", finished], "lacks"),
-        (["eval", finished], "has the unknown field 'freeze': use another file"),
+        (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
+        (["eval", trained, "--draw", "a.png"], "give an --image"),
+        (["eval", trained, "--image", "a.png", "--draw", "a.xyz"], "a name that ends in .png"),
+        (["eval", trained, "--workers", -1], "--workers is -1"),
+        ([*data, *TINY, "--head", "upernet", "--depth", 3, "--patch-size", 16], "at least 2 x 2 patches"),
         (["eval", trained, "--image", "nowhere.png"], "nowhere.png cannot be read"),
         (["eval", trained, "--image", "a.png", "--data", streets], "--image segments one image alone"),
         (["eval", trained, "--data", "scenes"], "but the model knows"),

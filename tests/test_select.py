@@ -178,14 +178,16 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     flags = ["--data", photos, *SMALL, "--out", tmp_path / "run", "--init-from", tmp_path / "larger.pt", "--select", "uniform"]
     llama(tmp_path / "llama")
     (tmp_path / "gqa").mkdir()
-    (tmp_path / "gqa" / "config.json").write_text('{"num_hidden_layers": 9, "num_attention_heads": 8, "num_key_value_heads": 2}')
+    (tmp_path / "gqa" / "config.json").write_text(
+        '{"num_hidden_layers": 9, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 8}')
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text("[]")
+    (tmp_path / "odd" / "config.json").write_text('["hidden_size"]')
     for more, said in [
         (["--depth", 4], "lacks blocks.3.norm1.weight to select from"),
-        (["--step", "vit"], "lacks blocks.0.norm1.bias to select from"),
+        (["--step", "vit"], "has swiglu True, this model False"),
+        (["--step", "rmsnorm"], "has cls_last True, this model False"),
         (["--size", "small"], "the larger model has 192 and this one 384"),
-        (["--patch-size", 4], "has patches of 8 pixels"),
+        (["--patch-size", 4], "has patch_size 8, this model 4"),
         (["--init-from", tmp_path / "llama"], "holds neither *.safetensors nor *.bin"),
         (["--init-from", tmp_path / "llama", "--depth", 4], "has 3 layers, this model 4"),
         (["--init-from", tmp_path / "gqa"], "shares keys and values between heads"),

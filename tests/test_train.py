@@ -108,7 +108,7 @@ def test_there_is_a_recipe_for_each_published_run():
         (224, 90, 4096, 1e-3, .01, .1, .8, 1), (224, 90, 4096, 1e-3, .01, .1, .8, 1),
         (224, 30, 512, 8e-5, 1e-8, .2, 0, 0), (384, 30, 512, 1.1e-4, 1e-8, .2, 0, 0),
         (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0),
-        (224, 300, 512, 2e-3, .05, 0, .8, 1), (224, 600, 512, 2e-3, .05, 0, .8, 1)]
+        (224, 300, 1024, 2e-3, .05, 0, .8, 1), (224, 600, 512, 2e-3, .05, 0, .8, 1)]
     for recipe in list(RECIPES.values())[1:]:
         assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
         assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.split_batch(recipe, 8, strict=True)
@@ -456,7 +456,7 @@ def test_the_transfer_recipes_start_the_soft_mask_again_for_any_size():
         made, recipe, cfg = train.resolve(train.parse_flags(flags), None)
         assert (cfg.img_size, cfg.mask, made.dtype) == (224, "soft", "auto")
         assert [soft_mask_at(i, recipe, 97) for i in (0, 25 * 97 - 1, 25 * 97)] == [1, 0, 0]
-    assert replace(recipe, epochs=600, warmup_epochs=100) == RECIPES["transfer-flowers"]
+    assert replace(recipe, epochs=600, warmup_epochs=100, batch_size=512, micro_batch=64) == RECIPES["transfer-flowers"]
 
 
 def test_weights_of_another_architecture_are_refused(photos, finished, tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert Counter((row["step"], row["start"]) for row in rows) == {
         (step, start): 1 if start == "pretraining" else 2
-        for step in transfer.RUNGS for start in ("pretraining", *transfer.STARTS)}
+        for step in transfer.RUNGS for start in ("pretraining", "scratch", "fine-tuning", "probe")}
     before = load(tmp_path / "first-soft_mask-0" / "last.pt")["model"]
     for start, same in (("probe", True), ("fine-tuning", False)):
         after = load(tmp_path / f"{start}-5-soft_mask-0" / "last.pt")
@@ -69,3 +69,6 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
 def test_bad_input_is_refused(photos, capsys):
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
     assert "must be at least 1" in refused(transfer, ["--seeds", 0], capsys)
+    assert "--data shapes is not supported" in refused(transfer, ["--data", "shapes"], capsys)
+    flags = ["train", *SMALL, "--data", f"{photos}:half"]
+    assert "is no part of a data set: give NAME:first" in refused(transfer, flags, capsys)
