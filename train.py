@@ -88,7 +88,7 @@ SMALL_DATA = Recipe(  # images of about 32 pixels, minutes on a CPU
 # What the published runs have in common, and how the rungs of the published ladder below the last were trained.
 # Evidence: the released scripts or, where a comment says so, the launch scripts in their repository's first commit
 # (github.com/techmonsterwang/iLLaMA, d27201c). Learning rates, masks, decay and drop path also follow from the logs.
-# Micro-batches are those of 8 GPUs; others give the same run, but for which images are mixed.
+# Micro-batches are those of 8 GPUs, of 4 for "transfer"; others give the same run, but for which images are mixed.
 BASIC = Recipe(
     img_size=224, patch_size=16, epochs=300, batch_size=4096, micro_batch=128,
     lr=4e-3, min_lr=1e-6, warmup_epochs=50, weight_decay=0.05, clip_grad=0.0, drop_path=0.0,
