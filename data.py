@@ -376,6 +376,17 @@ def loader(images, batches, workers, device=torch.device("cpu")):
                       persistent_workers=workers > 0, worker_init_fn=start_worker)
 
 
+def check_readable(faults):
+    """ValueError with the first fault of a batch, if there is one: evaluation takes every image or none."""
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+
+
+def labels_of(source):
+    """The labels of all images of an ImageFolder or one of torchvision's CIFARs, without reading them."""
+    return source.labels if hasattr(source, "labels") else source.targets
+
+
 def start_worker(_):
     """A worker that a signal to all processes of a run ended would end the run before it could save itself. And garbage
     collection, visiting the objects of all modules, would copy their memory to each worker, 80 MB of it."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from data import Images, eval_batches, eval_transform, loader, normalize, open_data, read_image
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data, read_image
 from model import build, open_checkpoint, overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,8 +42,7 @@ def predict(model, batches, device, dtype=torch.float32, stop=()):
     for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
         if stop:
             return
-        if any(faults):
-            raise ValueError(next(filter(None, faults)))
+        check_readable(faults)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(normalize(images))

@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
                   open_data, seed_of, shorten, train_batches, train_transform)
-from downstream.select import RULES, select_weights
-from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, local_rank_0_first, on_rank_0,
+from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, is_rank_0, local_rank_0_first, on_rank_0,
                   report_errors, setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
                    overrides, read_checkpoint, validate)
@@ -275,9 +274,6 @@ def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_paramete
 # The run
 
 
-PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
-
-
 @report_errors()
 def main(argv=None):
     started = time.perf_counter()
@@ -297,8 +293,11 @@ def main(argv=None):
     model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
     model.to(device)
     if run.init_from and not checkpoint:
-        notes = (local_rank_0_first(select_weights, model, run.init_from, run.select) if run.select else
-                 load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True))
+        if run.select:
+            from downstream.select import select_weights                         # these files do without it
+            notes = local_rank_0_first(select_weights, model, run.init_from, run.select)
+        else:
+            notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
     if run.freeze:
         model.requires_grad_(False)
         model.norm.requires_grad_()
@@ -331,16 +330,7 @@ def main(argv=None):
         say(line)
     rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
-    def save_run(improved=False):
-        if rank == 0:
-            save(settings, state, model, optimizer, scaler, folder, improved)
-
-    def end_early():
-        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
-        if world > 1:
-            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
-        sys.exit(PREEMPTED)
-
+    save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for epoch in range(state.epoch, recipe.epochs):
         model.train()
         progress.start(f"epoch {epoch}", epoch, state.iteration)
@@ -377,7 +367,7 @@ def main(argv=None):
             if stops:
                 progress.end()
                 save_run()
-                end_early()
+                end_early(state, folder)
             if machine.save_every and state.iteration % machine.save_every == 0:
                 save_run()
         rate, waiting = progress.end()
@@ -385,7 +375,7 @@ def main(argv=None):
         save_run()                                       # before the evaluation, which may fail
         result = evaluate(model, val_batches, device, dtype, stop)
         if result is None:
-            end_early()
+            end_early(state, folder)
         row = metrics_row(run, recipe, cfg, state, per_epoch, per_epoch * accumulate * world, result, n_parameters,
                           time_s=time.perf_counter() - started, time_images_per_s=rate, time_waiting=waiting)
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
@@ -444,6 +434,18 @@ def beginning(run, notes, folder, path, checkpoint, world, given, last, iteratio
         yield f"run     {folder}{', nothing to resume' * ('resume' in given)}"
 
 
+PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
+
+
+def end_early(state, folder):
+    """End a run that was asked to stop and has saved itself."""
+    if is_rank_0():
+        print(f"preempted at iteration {state.iteration}; go on with --resume {folder}", flush=True)
+    if dist.is_initialized():
+        dist.barrier()                                   # or torchrun would end rank 0 because another rank has ended
+    sys.exit(PREEMPTED)
+
+
 class Progress:
     """How fast it goes: a bar on a terminal, elsewhere a line every ten seconds; rank 0 alone shows it."""
 
@@ -492,7 +494,7 @@ class Progress:
 
 
 CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
-               soft_mask_schedule=SCHEDULES, select=RULES)   # flags whose values are listed
+               soft_mask_schedule=SCHEDULES, select=("uniform", "aligned"))   # flags whose values are listed
 
 
 def flag(name, value=None):
@@ -535,16 +537,17 @@ def pick(cls, values):
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
-def parse_flags(argv=None):
+def parse_flags(argv=None, run=Run, recipe=Recipe, choices=CHOICES, out="out",
+                description="Train any rung of the ladder from ViT to iLLaMA.", **about):
     """The flags that were given, by name; --resume is '' when it came without a path."""
-    parser = Parser(description="Train any rung of the ladder from ViT to iLLaMA.", allow_abbrev=False)
-    add_flags(parser, Run)
-    add_flags(parser, Machine)
+    parser = Parser(description=description, allow_abbrev=False, **about)
+    add_flags(parser, run, choices=choices)
+    add_flags(parser, Machine, choices=choices)
     parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
-                        help="go on with the run in a folder; without PATH: in --out, or the newest in out/")
-    add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), Recipe)
+                        help=f"go on with the run in a folder; without PATH: in --out, or the newest in {out}/")
+    add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), recipe, choices=choices)
     add_flags(parser.add_argument_group("model (default: as --size and --step say)"), Config,
-              skip=["num_classes"] + [field.name for field in fields(Recipe)])
+              skip=["num_classes"] + [field.name for field in fields(recipe)])
     return vars(parser.parse_args(argv))
 
 
@@ -624,6 +627,11 @@ def open_splits(run, recipe, checkpoint):
     """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
     train = local_rank_0_first(open_data, run.data, "train", recipe.img_size)
     val = local_rank_0_first(open_data, run.data, "val", recipe.img_size, train.classes)
+    check_training_data(run, recipe, train, checkpoint)
+    return train, val
+
+
+def check_training_data(run, recipe, train, checkpoint):
     if len(train) < recipe.batch_size:
         raise ValueError(f"--data {run.data} has {len(train)} training images, less than one --batch-size "
                          f"{recipe.batch_size}: make it smaller")
@@ -633,7 +641,6 @@ def open_splits(run, recipe, checkpoint):
     if checkpoint and len(train) != checkpoint["train_images"]:
         raise ValueError(f"--data {run.data} has {len(train)} training images, but the run to resume had "
                          f"{checkpoint['train_images']}: give the data that it was started with")
-    return train, val
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,8 +733,11 @@ def write(path, content, previous=None):
                          "what was saved before is intact") from error
 
 
-def save(settings, state, model, optimizer, scaler, folder, improved):
-    """Write last.pt, keeping the one before as prev.pt; and best.pt if `improved`."""
+def save(settings, state, model, optimizer, scaler, folder, improved=False):
+    """On rank 0 write last.pt, keeping the one before as prev.pt; and best.pt if `improved`."""
+    if not is_rank_0():
+        return
+
     def store(checkpoint, name, previous=None):
         buffer = io.BytesIO()            # through memory: torch.save into a full disk hides the reason
         torch.save(checkpoint, buffer)

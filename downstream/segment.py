@@ -9,7 +9,6 @@
 
 Runs are seeded, saved and resumed as those of train.py, whose flags for the machine are the same: see there.
 """
-import argparse
 import colorsys
 import json
 import math
@@ -32,9 +31,10 @@ from eval import (DEVICES, Parser, default_workers, local_rank_0_first, on_rank_
                   stop, stop_on_signals)
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
-from train import (CHOICES, PREEMPTED, Machine, Progress, add_flags, batch_line, beginning, check_health, check_ranks,
-                   device_line, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches, name_of, pick,
-                   plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap, write)
+from train import (CHOICES, Machine, Progress, batch_line, beginning, check_health, check_ranks, check_training_data,
+                   device_line, end_early, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches,
+                   name_of, pick, plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap, write)
+from train import parse_flags as parse_run_flags
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,7 @@ def open_backbone(run, recipe, given, classes):
 def open_splits(run, recipe, checkpoint):
     """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
     data, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
-    if len(data) < recipe.batch_size:
-        raise ValueError(f"--data {run.data} has {len(data)} training images, less than one --batch-size "
-                         f"{recipe.batch_size}: make it smaller")
-    if checkpoint and (data.classes, len(data)) != (checkpoint["classes"], checkpoint["train_images"]):
-        raise ValueError(f"--data {run.data} has {len(data)} training images of the classes {shorten(data.classes)}, "
-                         f"but the run to resume had {checkpoint['train_images']} of {shorten(checkpoint['classes'])}: "
-                         "give the data that it was started with")
+    check_training_data(run, recipe, data, checkpoint)
     return data, val
 
 
@@ -179,17 +173,10 @@ def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
 
 
 def parse_flags(argv):
-    parser = Parser(prog="python -m downstream.segment", allow_abbrev=False,
-                    description="Train a model that gives each pixel a class; `eval` as the first word evaluates one.")
-    choices = CHOICES | dict(recipe=RECIPES, head=HEADS)
-    add_flags(parser, Run, choices=choices)
-    add_flags(parser, Machine, choices=choices)
-    parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
-                        help="go on with the run in a folder; without PATH: in --out, or the newest in out/segment/")
-    add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), Recipe, choices=choices)
-    add_flags(parser.add_argument_group("model (default: as --size and --step say, or as the weights are)"), Config,
-              skip=["num_classes"] + [field.name for field in fields(Recipe)])
-    return vars(parser.parse_args(argv))
+    return parse_run_flags(
+        argv, Run, Recipe, CHOICES | dict(recipe=RECIPES, head=HEADS), "out/segment",
+        prog="python -m downstream.segment",
+        description="Train a model that gives each pixel a class; `eval` as the first word evaluates one.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,16 +246,7 @@ def train(argv):
         say(line)
     rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
-    def save_run(improved=False):
-        if rank == 0:
-            save(settings, state, model, optimizer, scaler, folder, improved)
-
-    def end_early():
-        say(f"preempted at iteration {state.iteration}; go on with --resume {folder}")
-        if world > 1:
-            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
-        sys.exit(PREEMPTED)
-
+    save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for period in range(state.epoch, periods):
         end = (period + 1) * recipe.eval_every
         model.train()
@@ -303,7 +281,7 @@ def train(argv):
             if stops:
                 progress.end()
                 save_run()
-                end_early()
+                end_early(state, folder)
             if machine.save_every and state.iteration % machine.save_every == 0:
                 save_run()
         rate, waiting = progress.end()
@@ -313,7 +291,7 @@ def train(argv):
         save_run()                                       # before the evaluation, which may fail
         result = evaluate(model, val_batches, recipe.short_side, device, dtype, stop)
         if result is None:
-            end_early()
+            end_early(state, folder)
         row = dict(step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
                    init_from=run.init_from, iteration=state.iteration,
                    train_loss=state.loss_sum / (recipe.eval_every * accumulate * world), **result,

@@ -17,7 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import normalize
+from data import check_readable, normalize
 from downstream.scenes import IGNORED
 from eval import is_rank_0
 from model import VisionTransformer
@@ -142,17 +142,27 @@ def starts(length, size):
     return [min(start, length - size) for start in range(0, length - size + stride, stride)]
 
 
-def slide(model, image):
-    """Logits (classes, H, W) of an image, uint8 (3, H, W), no side shorter than a window: the mean over all windows."""
+def by_window(model, image):
+    """The windows that cover an image, uint8 (3, H, W), no side shorter than a window: pairs of a window's place, an
+    index of (..., H, W), and its logits (classes, S, S)."""
     size, (H, W) = model.backbone.cfg.img_size, image.shape[1:]
     boxes = [(..., slice(y, y + size), slice(x, x + size)) for y in starts(H, size) for x in starts(W, size)]
     views = normalize(torch.stack([image[box] for box in boxes]))
-    outputs = torch.cat([model(part)[0].float() for part in views.split(16)])
-    total, count = outputs.new_zeros(outputs.shape[1], H, W), outputs.new_zeros(H, W)
-    for box, logits in zip(boxes, outputs):
+    return list(zip(boxes, torch.cat([model(part)[0].float() for part in views.split(16)])))
+
+
+def stitch(windows, H, W):
+    """Logits (classes, H, W) of an image: the mean over by_window()'s windows."""
+    logits = windows[0][1]
+    total, count = logits.new_zeros(len(logits), H, W), logits.new_zeros(H, W)
+    for box, logits in windows:
         total[box] += logits
         count[box] += 1
     return total / count
+
+
+def slide(model, image):
+    return stitch(by_window(model, image), *image.shape[1:])
 
 
 def predict(model, image, short_side, scales=(1,), flip=False):
@@ -200,8 +210,7 @@ def evaluate(model, batches, short_side, device, dtype=torch.float32, stop=(), *
     for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
         if stop:
             break
-        if any(faults):
-            raise ValueError(next(filter(None, faults)))
+        check_readable(faults)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, images[0].to(device), short_side, **views).argmax(0)
         matrix += confusion(labels[0].to(device), predicted, classes)

@@ -20,7 +20,6 @@ import torch
 from data import shorten
 from model import Config, load_state, open_checkpoint, resize_positions, weights_of
 
-RULES = ("uniform", "aligned")
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
     "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
     "self_attn.o_proj.weight": "attn.proj.weight", "mlp.gate_proj.weight": "mlp.fc1.weight",

@@ -7,7 +7,6 @@ The first half of a data set's classes is for pretraining. On 1, 5, 25 and 100 %
 half a model is trained from scratch, fine-tuned, and probed linearly: only its head and last norm are trained. All
 three run for the same number of iterations; the images of a part are repeated, with other crops, to fill its epochs.
 """
-import argparse
 import random
 import re
 import sys
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 import data
 import train
-from eval import default_workers, report_errors, stop_on_signals
+from eval import Parser, default_workers, report_errors, stop_on_signals
 from experiments.ladder import train_all
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3 --workers 0 --device cpu"
@@ -30,7 +29,7 @@ class Part(Dataset):
     as without it."""
 
     def __init__(self, source, classes, percent=100, seed=0):
-        labels = source.labels if hasattr(source, "labels") else source.targets          # ImageFolder's, torchvision's
+        labels = data.labels_of(source)
         self.source, self.classes, self.places, total = source, classes, [], 0
         for name in classes:
             places = [i for i, label in enumerate(labels) if source.classes[label] == name]
@@ -95,7 +94,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
         return train_on_part(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m downstream.transfer", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m downstream.transfer", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", default="cifar10", help="cifar10, cifar100, or a folder as train.py takes it")
     parser.add_argument("--seeds", type=int, default=3, help="with seeds from 0 on")
     parser.add_argument("--pretrain-epochs", type=int, default=5)

@@ -13,8 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from data import check_readable
 from downstream.segment import open_segmenter, open_validation, validation
-from downstream.segmenter import confusion, predict, scores, starts
+from downstream.segmenter import by_window, confusion, resize, scores, stitch
 from eval import Parser, report_errors, setup
 from experiments.properties import report
 
@@ -28,16 +29,6 @@ def by_cell(labels, predicted, classes, bands):
              for left, right in zip(edges[1], edges[1][1:])]
     return torch.stack([confusion(labels[box], predicted[box], classes) for box in boxes]).view(
         bands, bands, classes, classes)
-
-
-def windows_of(image, labels, short_side, size):
-    """The windows of evaluation as images of their own: pairs ((3, size, size), (size, size))."""
-    image = TF.resize(image, max(size, short_side))
-    labels = TF.resize(labels[None], image.shape[1:], InterpolationMode.NEAREST)[0]
-    for top in starts(image.shape[1], size):
-        for left in starts(image.shape[2], size):
-            box = ..., slice(top, top + size), slice(left, left + size)
-            yield image[box], labels[box]
 
 
 def band_scores(matrix):
@@ -62,13 +53,14 @@ def measure(model, batches, short_side):
     cfg = model.backbone.cfg
     side, image_counts, window_counts = cfg.img_size // cfg.patch_size, 0, 0
     for images, labels, faults in tqdm(batches, leave=False, disable=None):
-        if any(faults):
-            raise ValueError(next(filter(None, faults)))
-        predicted = predict(model, images[0], short_side).argmax(0)
+        check_readable(faults)
+        image = TF.resize(images[0], max(cfg.img_size, short_side))              # as predict() does
+        windows = by_window(model, image)
+        predicted = resize(stitch(windows, *image.shape[1:])[None], labels.shape[1:])[0].argmax(0)
         image_counts = image_counts + by_cell(labels[0], predicted, cfg.num_classes, BANDS)
-        for image, truth in windows_of(images[0], labels[0], short_side, cfg.img_size):
-            predicted = predict(model, image, cfg.img_size).argmax(0)
-            window_counts = window_counts + by_cell(truth, predicted, cfg.num_classes, side)
+        labels = TF.resize(labels, image.shape[1:], InterpolationMode.NEAREST)[0]
+        for box, logits in windows:
+            window_counts = window_counts + by_cell(labels[box], logits.argmax(0), cfg.num_classes, side)
     return dict(image=profile(image_counts), window=profile(window_counts))
 
 

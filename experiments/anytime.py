@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Images, eval_batches, eval_transform, loader, normalize, read_image
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, read_image
 from eval import (Parser, add_flags, describe, most_likely, open_model, open_val, parse, report_errors, setup,
                   stop_on_signals)
 from experiments.properties import report
@@ -125,8 +125,7 @@ def logits_by_row(model, batches, device):
     be read."""
     logits, labels = [], []
     for images, targets, faults in batches:
-        if any(faults):
-            raise ValueError(next(filter(None, faults)))
+        check_readable(faults)
         images = normalize(images.to(device))
         logits.append(torch.stack([on_rows(model, images, 1 + row) for row in range(side_of(model.cfg))]).cpu())
         labels.append(targets)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from data import Shapes, eval_transform, normalize, open_data
+from data import Shapes, eval_transform, labels_of, normalize, open_data
 from eval import Parser, report_errors
 from experiments.ladder import RUNGS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
@@ -429,8 +429,7 @@ def trained(rung, runs):
 
 def first_images(source, size, name, count):
     """(count, 3, H, W), uint8: the first images of a class, the same in whatever order the classes are stored."""
-    labels = source.labels if hasattr(source, "labels") else source.targets      # ImageFolder's, torchvision's CIFAR's
-    places = [i for i, label in enumerate(labels) if label == source.classes.index(name)][:count]
+    places = [i for i, label in enumerate(labels_of(source)) if label == source.classes.index(name)][:count]
     return torch.stack([TF.pil_to_tensor(eval_transform(source[i][0], None, size)) for i in places])
 
 

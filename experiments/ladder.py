@@ -70,7 +70,7 @@ def train(folder, command, jobs):
     if stop:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, default_workers() // jobs)), PYTHONPATH=str(ROOT))
+    environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, default_workers() // jobs)))
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen([sys.executable, *command, "--out", folder, "--resume"], stdout=log, stderr=log,
                                    env=environment)

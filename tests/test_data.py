@@ -3,7 +3,6 @@ import math
 import os
 import random
 import shutil
-import sys
 from functools import partial
 
 import numpy as np

@@ -35,6 +35,10 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
     first, *_, before_last, _, _ = next(row["leak"] for row in report.rows("leak") if row["step"] == "soft_mask")
     text = " ".join(PAGES["README.md"].split())
     assert f"by {first:.2f} % to {before_last:.1f} %" in text
+    for rung, against in (("rmsnorm", "ps_cls"), ("soft_mask", "ps_cls")):
+        gains = [one["test_miou"] - other["test_miou"] for one, other in zip(
+            *(sorted(report.segmented("segment", step, True), key=lambda row: row["seed"]) for step in (rung, against)))]
+        assert f" {report.plus_minus(gains)} points" in " ".join(PAGES["docs/downstream.md"].split())
     rates = {row["model"]: row["images_per_s"] for row in report.rows("bench_model/mask")
              if row["img_size"] == 1024 and row["training"]}
     assert f"at 4,097 tokens `causal` trains [{rates['causal'] / rates['bidirectional']:.1f} times as fast]" in text
