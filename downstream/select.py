@@ -2,6 +2,7 @@
 
     python train.py --size nano --data cifar10 --init-from out/tiny --select uniform          # one of this repository
     python train.py --size tiny --data IMAGENET --init-from Llama-2-7b-hf --select aligned    # LLaMA 2, as a folder
+    python -m downstream.select --data cifar10        # is it worth it? stopped and started again, it goes on
 
 Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`
 applies that to each tensor as it is, as the published repository does: rows of queries, keys and values are picked from
@@ -13,11 +14,14 @@ channels, the same for values and the projection behind them: what is kept compu
 """
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 
-from data import shorten
+from data import open_data, shorten
+from eval import Parser, default_workers, report_errors, stop_on_signals
+from experiments.ladder import ROOT, train_all
 from model import Config, load_state, open_checkpoint, resize_positions, weights_of
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -175,3 +179,52 @@ def shards(folder, wanted):
         except Exception as error:  # torch and safetensors raise half a dozen kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{path} cannot be read as weights ({reason}): use another file") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it worth it? One larger model, and smaller ones that start from it by either rule, or from random weights
+
+
+FLAGS = "--batch-size 64 --lr 1e-3 --workers 0 --device cpu"
+STARTS = ("random", "uniform", "aligned")
+
+
+def runs(args):
+    """(the larger model, the smaller ones): {name: (command, fields of the row)} as train_all() takes them."""
+    command = [ROOT / "train.py", "--data", args.data, *args.flags.split()]
+    larger = {"larger": ([*command, *args.larger.split(), "--epochs", str(args.larger_epochs)],
+                         dict(data=args.data, start="larger", seed=0, epoch=args.larger_epochs - 1))}
+    smaller = {}
+    for seed in range(args.seeds):
+        for start in STARTS:
+            select = [] if start == "random" else ["--init-from", args.out / "larger" / "last.pt", "--select", start]
+            smaller[f"{start}-{seed}"] = (
+                [*command, *args.smaller.split(), "--epochs", str(args.epochs), "--seed", str(seed), *select],
+                dict(data=args.data, start=start, seed=seed, epoch=args.epochs - 1))
+    return larger, smaller
+
+
+@report_errors()
+def main(argv=None):
+    parser = Parser(prog="python -m downstream.select", allow_abbrev=False,
+                    description="Compare starts from a larger model's weights with random ones, over epochs.")
+    parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
+    parser.add_argument("--larger", default="--size tiny --depth 6", help="flags of train.py for the larger model")
+    parser.add_argument("--smaller", default="--size nano --depth 4", help="flags of train.py for the smaller ones")
+    parser.add_argument("--flags", default=FLAGS, help="flags of train.py for all")
+    parser.add_argument("--larger-epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3, help="of the smaller ones, from 0 on; the larger one is of seed 0")
+    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
+    parser.add_argument("--out", type=Path, default=Path("out", "select"), help="folder of the runs and their rows")
+    args = parser.parse_args(argv)
+    if min(args.seeds, args.epochs, args.larger_epochs, args.jobs) < 1:
+        raise ValueError("--seeds, --epochs, --larger-epochs and --jobs must be at least 1")
+    open_data(args.data, "train", 32)                                # downloaded here, once, if at all
+    stop_on_signals()
+    larger, smaller = runs(args)
+    sys.exit(0 if train_all(larger, args.out, 1) and train_all(smaller, args.out, args.jobs) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,8 @@ def train_all(runs, out, jobs):
         for future in as_completed(futures):
             name = futures[future]
             if future.result() == 0:
-                row = json.loads((out / name / "metrics.jsonl").read_text().splitlines()[-1]) | runs[name][1]
+                epochs = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+                row = epochs[-1] | runs[name][1] | dict(acc1_by_epoch=[epoch["test_acc1"] for epoch in epochs])
                 with open(table, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{name}: {row['test_acc1']:.2f} %", flush=True)

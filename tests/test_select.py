@@ -8,6 +8,7 @@ import torch
 
 import train
 from conftest import SMALL, load, refused
+from downstream import select
 from downstream.select import LLAMA, channels, places, read_llama, select_weights
 from model import VisionTransformer, config, rope_table, rotate
 from test_model import hashed, hashed_weights
@@ -198,3 +199,21 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     (tmp_path / "llama" / "model.bin").write_bytes(b"no weights")
     assert "cannot be read as weights" in refused(train, [*flags, "--init-from", tmp_path / "llama"], capsys)
     assert "--select needs weights" in refused(train, ["--select", "uniform"], capsys)
+
+
+@pytest.mark.slow
+def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_and_from_random_weights(photos, tmp_path, capsys):
+    flags = ["--data", str(photos), "--seeds", "1", "--epochs", "2", "--larger-epochs", "1", "--out", str(tmp_path),
+             "--flags", " ".join([*SMALL, "--lr 0 --min-lr 0"]), "--larger", "--size tiny --depth 3", "--smaller", "--size nano"]
+    for _ in range(2):                                                       # the second time nothing is left to do
+        with pytest.raises(SystemExit) as end:
+            select.main(flags)
+        assert end.value.code == 0
+    assert "0 runs to do" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows[0]["start"] == "larger" and sorted(row["start"] for row in rows[1:]) == ["aligned", "random", "uniform"]
+    assert all(len(row["acc1_by_epoch"]) == 2 and row["acc1_by_epoch"][-1] == row["test_acc1"] for row in rows[1:])
+    larger = load(tmp_path / "larger" / "last.pt")["model"]["blocks.0.attn.qkv.weight"]
+    assert torch.equal(load(tmp_path / "uniform-0" / "last.pt")["model"]["blocks.0.attn.qkv.weight"],
+                       larger[rule(576, 384)][:, rule(192, 128)])
+    assert "must be at least 1" in refused(select, ["--seeds", 0], capsys)
