@@ -29,6 +29,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")   # whatever a name says; EPS would start Ghostscript
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
 
 
@@ -151,7 +152,7 @@ def read_image(path):
         if os.path.exists(path) and not os.path.isfile(path):                   # a pipe would be waited for
             raise ValueError("it is not a file")
         with open(path, "rb") as file:
-            image = Image.open(io.BytesIO(file.read()))
+            image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
         image.load()
     except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
@@ -164,6 +165,11 @@ def read_image(path):
 def shorten(names):
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def printable(text):
+    """Text of files and their names, without what would steer a terminal or cannot be encoded."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

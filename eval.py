@@ -11,10 +11,13 @@ paper's other properties are in experiments/properties.py.
 """
 import argparse
 import json
+import math
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager
@@ -27,7 +30,8 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data, read_image
+from data import (Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data, printable,
+                  read_image)
 from model import build, open_checkpoint, overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,6 +73,9 @@ def score(predictions, device, stop=()):
     hits1, hits5, loss, images, stopped = total.tolist()
     if stopped:
         return None
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss of {images:,.0f} images is {loss}: the weights hold numbers that are not finite, or "
+                         "lead to such; use an earlier checkpoint, or --dtype float32")
     return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images,
                 images=int(images))
 
@@ -123,7 +130,7 @@ def describe(model, checkpoint, dtype):
 
 def add_flags(parser):
     """The flags that programs share which evaluate a model."""
-    parser.add_argument("--data", help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
+    parser.add_argument("--data", type=nonempty, help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
     parser.add_argument("--soft-mask", type=float, help="alpha, from 1 (bidirectional) to 0, for the checkpoint's")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
@@ -142,7 +149,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt, or published weights")
     add_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
-    parser.add_argument("--image", help="classify this image alone: print its five most likely classes")
+    parser.add_argument("--image", type=nonempty, help="classify this image alone: print its five most likely classes")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     with report_errors():
         args = parse(parser, argv)
@@ -162,18 +169,18 @@ def main(argv=None):
             image = Images([(read_image(args.image), 0)], transform)
             (logits, _), = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
             result = most_likely(logits[0], classes)
-            text = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
+            lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
         else:
             val = open_val(args.checkpoint, checkpoint, model, args.data)
             batches = eval_batches(len(val), args.batch_size, rank, world)
             result = evaluate(model, loader(Images(val, transform), batches, args.workers, device), device, dtype)
             r = result = result | describe(model, checkpoint, dtype)
             mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
-            text = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
+            lines = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
                     f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
                     f"{r['time_images_per_s']:,.0f} images/s")
         if rank == 0:
-            print(json.dumps(result) if args.json else text)
+            print(json.dumps(result) if args.json else lines)
         shut_down()
 
 
@@ -188,22 +195,45 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags")
 
 
+def nonempty(value):
+    """The type of a flag that takes text: an empty one, as of an unset variable, would mean the default."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or drop the flag")
+    return value
+
+
+REFUSALS = {  # what the system refuses, by words in torch's messages
+    r"DataLoader worker \(pid|ancdata|open files": "a data-loading worker was ended by the system, which is short of "
+                                                   "memory, shared memory (/dev/shm) or open files: use fewer --workers",
+    "EADDRINUSE|address already in use": "the port of the ranks' meeting, MASTER_PORT, is in use: give torchrun another "
+                                         "--master_port",
+    "by peer": "another rank has ended: see its message, then go on with --resume",
+    "alloc|out of memory|overflow": "there is not enough memory for this: make the model, the images or the batch "
+                                    "smaller",
+}
+
+
 @contextmanager
 def report_errors():
     """Bad input, and what the system refuses, ends a program with one line, printed once per node, and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")              # class names, on a terminal without Unicode
     try:
         yield
     except Exception as error:
+        known = [reason for words, reason in REFUSALS.items() if re.search(words, str(error), re.I)]
         if isinstance(error, ValueError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             if not frame.line.startswith("raise") or "site-packages" in frame.filename:          # a bug, not a refusal
                 raise
-            reason = str(error)
+            reason = printable(str(error))
         elif isinstance(error, OSError) and error.strerror:
-            reason = f"{error.filename or 'the system'}: {error.strerror}: give another path or fewer processes"
-        elif isinstance(error, MemoryError) or (
-                isinstance(error, RuntimeError) and re.search("alloc|out of memory|overflow", str(error), re.I)):
-            reason = "there is not enough memory for this: make the model, the images or the batch smaller"
+            place = printable(str(error.filename or "the system"))
+            reason = f"{place}: {error.strerror}: give another path or fewer processes"
+        elif isinstance(error, RuntimeError | OSError) and known:
+            reason = known[0]
+        elif isinstance(error, MemoryError):
+            reason = list(REFUSALS.values())[-1]
         else:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -213,13 +243,34 @@ def report_errors():
         sys.exit(2)
 
 
-stop = []   # signals that asked to: a list, as a handler that took a lock could be made to wait for itself
+stop = []                                                              # signals that asked to
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 def stop_on_signals():
-    """SIGTERM and SIGINT ask the program to stop, by what they leave in `stop`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+    """SIGTERM, SIGINT and SIGHUP ask the program to stop, by what they leave in `stop`; one that comes two seconds later
+    ends it at once. (Sooner it is the same Ctrl-C, which a rank gets from the terminal and from torchrun.)
+
+    A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:                 # as nohup has it
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
+
+
+def listen(reading, writing):
+    first = math.inf
+    while True:
+        number = reading.recv(1)[0]
+        if number in SIGNALS:
+            if time.monotonic() - first > 2:
+                os._exit(128 + number)
+            first = min(first, time.monotonic())
+            stop.append(number)
 
 
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16", "float16")
@@ -235,7 +286,10 @@ def setup(device="auto", dtype="auto"):
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ:
         raise ValueError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    values = [os.environ.get(name, default) for name, default in zip(names, "010")]
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
+        raise ValueError(f"{', '.join(names[:3])} are {', '.join(values)}: start with torchrun, which sets them")
+    rank, world, local = map(int, values)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
@@ -306,6 +360,18 @@ def shut_down():
         dist.barrier()
         time.sleep(1)
         dist.destroy_process_group()
+
+
+def say(text, file=None):
+    """Print on rank 0. What cannot be written any more, to a closed terminal or pipe or a full disk, is dropped: a run
+    does not end with its output."""
+    file = file or sys.stdout
+    try:
+        if is_rank_0():
+            tqdm.write(text, file)
+            file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())             # what is left in its buffer, too
 
 
 def is_rank_0():

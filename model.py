@@ -17,12 +17,14 @@ Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h hea
 """
 import argparse
 import math
+import os
 import pickle
 import re
 import sys
 import textwrap
 import zipfile
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,29 +411,40 @@ def fetch(name):
     """The file of published weights, downloaded once into torch.hub's folder. ValueError if that fails."""
     file = Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth")
     if not file.exists():
+        part = file.with_suffix(f".{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(file), progress=sys.stderr.isatty())
-        except OSError as error:
-            raise ValueError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({error}): connect to a "
-                             "network, or give the path of the file") from error
+            torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(part), progress=sys.stderr.isatty())
+            read_file(part)                                                # it may be cut short, or a page of HTML
+            part.replace(file)
+        except (OSError, HTTPException, ValueError) as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({error!r:.200}): connect "
+                             "to a network, or give the path of the file") from error
     return file
 
 
 def read_checkpoint(source):
-    """The dict in a file, by its path, its run's folder (its best.pt) or published name. ValueError if there is none.
-
-    Only weights and plain types are read: a pickle that would run code is refused, and so is a corrupted file.
-    Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimizer's groups.
-    """
+    """The dict in a file, by its path, its run's folder (best.pt) or published name. ValueError if there is none."""
     path = fetch(source) if str(source) in PUBLISHED else Path(source)
     if path.is_dir():
         path /= "best.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
+    return read_file(path)
+
+
+def read_file(path):
+    """The dict in a file. Only weights and plain types are read: a pickle that would run code is refused, and so is a
+    corrupted file, or a compressed one, which torch.save does not write and which could be of any size.
+
+    Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimizer's groups.
+    """
     try:
         if zipfile.is_zipfile(path):                                       # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                    raise ValueError("it is compressed")
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} in it is wrong")
@@ -442,8 +455,8 @@ def read_checkpoint(source):
         reason = (f"it holds {code[1]}, which could run code" if code else
                   "it is not a file of torch.save" if isinstance(error, pickle.UnpicklingError) else
                   (str(error).splitlines() or ["it is empty"])[0])
-        raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): "
-                         "use another file") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): delete or "
+                         "replace it") from error
     validate(checkpoint, dict, str(path))
     return checkpoint
 
@@ -475,8 +488,9 @@ def validate(value, kind, name):
 
 
 def is_dense(value):
+    """Whether it is a tensor of floats in memory that holds each of them, unlike that of an expanded one."""
     return (isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_floating_point()
-            and not value.is_quantized and not value.is_meta)
+            and not value.is_quantized and not value.is_meta and value.nbytes <= value.untyped_storage().nbytes())
 
 
 def weights_of(checkpoint):
@@ -530,24 +544,31 @@ def load_state(model, state, assign=False):
         raise ValueError(f"the weights do not fit the model: {wrong} Use the model that they are of") from error
 
 
-def load_weights(model, source, new_head=False):
+def load_weights(model, source, new_head=False, classes=None):
     """Load a checkpoint's path, a published name or a state dict. Returns sentences about what had to be adapted.
 
     Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where
-    `new_head` is set: of another number of classes, it keeps the model's fresh weights. ValueError lists what is wrong.
+    `new_head` is set: if it is of other classes, by their number or by the names in `classes`, it keeps the model's
+    fresh weights. ValueError lists what is wrong.
     """
-    state = weights_of(source if isinstance(source, dict) else read_checkpoint(source))
-    own, notes = model.state_dict(), []
+    source = source if isinstance(source, dict) else read_checkpoint(source)
+    state, own, notes = weights_of(source), model.state_dict(), []
 
     pos, own_pos = state.get("pos_embed"), own.get("pos_embed")
     if pos is not None and own_pos is not None and pos.shape[1] != own_pos.shape[1]:
         state["pos_embed"] = resize_positions(pos, own_pos.shape[1], model.cfg.cls_last)
         notes.append(f"learned positions resized from {pos.shape[1] - 1} to {own_pos.shape[1] - 1} patches")
-    if new_head and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
-        notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} now")
+    if new_head and "head.weight" in state and (state["head.weight"].shape != own["head.weight"].shape
+                                                or other_classes(source, classes)):
+        notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} others now")
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
     load_state(model, state)
     return notes
+
+
+def other_classes(checkpoint, classes):
+    """Whether a checkpoint names its classes, and they are not these."""
+    return classes is not None and checkpoint.get("classes") not in (None, list(classes))
 
 
 def resize_positions(pos, tokens, cls_last):

@@ -10,8 +10,13 @@ A recipe names everything about a run; flags change it. The run's folder holds c
 epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
 
 A run is a function of its flags: every random draw is seeded by its purpose, so a run that was interrupted and resumed
-ends as the run that was not. SIGTERM and SIGINT make it save itself and end with exit code 75.
+ends as the run that was not. SIGTERM, SIGINT and SIGHUP make it save itself and end with exit code 75.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # while it imports, Ctrl-C ends it without a traceback
+
 import argparse
 import inspect
 import io
@@ -21,6 +26,8 @@ import math
 import os
 import random
 import re
+import shlex
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -37,9 +44,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
-                  open_data, seed_of, shorten, train_batches, train_transform)
-from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, is_rank_0, local_rank_0_first, on_rank_0,
-                  report_errors, setup, shut_down, stop, stop_on_signals)
+                  open_data, printable, seed_of, shorten, train_batches, train_transform)
+from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, is_rank_0, local_rank_0_first, nonempty,
+                  on_rank_0, report_errors, say, setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
                    overrides, read_checkpoint, validate)
 
@@ -226,7 +233,8 @@ def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, devic
         images, labels, faults = progress.timed(next, batches)
         for fault in set(filter(None, faults)) - warned:
             warned.add(fault)
-            tqdm.write(f"warning: {fault}; until then the next one takes its place", file=sys.stderr)
+            with suppress(OSError):                      # stderr is lost
+                tqdm.write(f"warning: {printable(fault)}; until then the next one takes its place", sys.stderr)
         rng = random.Random(f"{seed} {number // accumulate} {rank} {number % accumulate}")
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images = normalize(images)
@@ -295,9 +303,10 @@ def main(argv=None):
     if run.init_from and not checkpoint:
         if run.select:
             from downstream.select import select_weights                         # these files do without it
-            notes = local_rank_0_first(select_weights, model, run.init_from, run.select)
+            notes = local_rank_0_first(select_weights, model, run.init_from, run.select, train.classes)
         else:
-            notes = load_weights(model, local_rank_0_first(read_checkpoint, run.init_from), new_head=True)
+            weights = local_rank_0_first(read_checkpoint, run.init_from)
+            notes = load_weights(model, weights, new_head=True, classes=train.classes)
     if run.freeze:
         model.requires_grad_(False)
         model.norm.requires_grad_()
@@ -307,7 +316,12 @@ def main(argv=None):
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
+                    train_images=len(train), ranks=world)
     folder = path.parent if path else on_rank_0(make_folder, machine.out, name_of(run, cfg), "resume" in given)
+    rows = on_rank_0(prepare, folder, path, given, settings, state)
+    if not (folder / "best.pt").exists():                # last.pt was copied without it
+        state.best_acc1 = -1.0
 
     net = wrap(model, model.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -320,15 +334,11 @@ def main(argv=None):
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
                          eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
     n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.soft
-    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=train.classes,
-                    train_images=len(train), ranks=world)
 
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
     for line in introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
         say(line)
     for line in beginning(run, notes, folder, path, checkpoint, world, given, recipe.epochs, recipe.epochs * per_epoch):
         say(line)
-    rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for epoch in range(state.epoch, recipe.epochs):
@@ -386,13 +396,12 @@ def main(argv=None):
         state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0
         if improved:
             state.best_acc1 = row["test_acc1"]
-        rows.append(json.dumps(row))
+        rows.append(json.dumps(row).encode())
         if rank == 0:
-            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+            write(folder / "metrics.jsonl", b"".join(row + b"\n" for row in rows))
         save_run(improved)
 
-    say(f"done    top-1 {state.best_acc1:.2f} % in {folder / 'best.pt'}; evaluate it: "
-        f"python eval.py {folder / 'best.pt'} --data {run.data}")
+    say(ending(f"top-1 {state.best_acc1:.2f} %", folder, "python eval.py", run.data))
     shut_down()
 
 
@@ -434,13 +443,22 @@ def beginning(run, notes, folder, path, checkpoint, world, given, last, iteratio
         yield f"run     {folder}{', nothing to resume' * ('resume' in given)}"
 
 
+def ending(best, folder, program, data):
+    """The last line: how good the best weights are, and how to evaluate them."""
+    file = folder / "best.pt"
+    if file.exists():
+        best = f"{best} in {file}"
+    else:                                                # of a finished run's last.pt, copied without it
+        best = file = folder / "last.pt"
+    return f"done    {best}; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}"
+
+
 PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
 
 def end_early(state, folder):
     """End a run that was asked to stop and has saved itself."""
-    if is_rank_0():
-        print(f"preempted at iteration {state.iteration}; go on with --resume {folder}", flush=True)
+    say(f"preempted at iteration {state.iteration}; go on with --resume {shlex.quote(str(folder))}")
     if dist.is_initialized():
         dist.barrier()                                   # or torchrun would end rank 0 because another rank has ended
     sys.exit(PREEMPTED)
@@ -480,7 +498,7 @@ class Progress:
             text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
             self.bar.set_postfix_str(text)
             if self.bar.disable:
-                print(f"{self.title}  {done}/{self.per_epoch}  {text}", flush=True)
+                say(f"{self.title}  {done}/{self.per_epoch}  {text}")
             self.shown = time.perf_counter(), done, self.waited
 
     def end(self):
@@ -524,7 +542,8 @@ def add_flags(parser, cls, skip=(), choices=CHOICES):
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name not in skip:
-            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+                    dict(type=nonempty if field.type is str else field.type))
             if field.name in choices:
                 kind["choices"] = list(choices[field.name])
             default = f" (default: {field.default})" if cls is not Config and field.default not in ("", MISSING) else ""
@@ -556,6 +575,7 @@ def with_saved(given, checkpoint):
     if checkpoint is None:
         return given
     saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
+    given = {name: value for name, value in given.items() if (name, value) != ("dtype", "auto")}     # as it was
     changed = [f"{flag(name, value)}, not {flag(name, saved[name])}"
                for name, value in given.items() if name in saved and name != "data" and saved[name] != value]
     if changed:
@@ -589,7 +609,19 @@ def resolve(given, checkpoint):
     if explicit and checkpoint is None and not cfg.soft:
         raise ValueError(f"{flag(explicit[0])} needs a soft mask, but the mask of this model is {cfg.mask!r}: "
                          "drop the flag, or add --mask soft")
+    if checkpoint is None:
+        check_schedules(recipe, cfg)
     return run, recipe, cfg
+
+
+def check_schedules(recipe, cfg):
+    """ValueError if a schedule would not reach its end."""
+    if recipe.min_lr > recipe.lr:
+        raise ValueError(f"--min-lr {recipe.min_lr} is above --lr {recipe.lr}: lower it, too")
+    for name in ["warmup_epochs"] + ["soft_mask_epochs"] * cfg.soft:
+        if recipe.epochs < getattr(recipe, name):
+            raise ValueError(f"--epochs {recipe.epochs} would end before {flag(name, getattr(recipe, name))}: lower "
+                             "that, too")
 
 
 def default_recipe(run):
@@ -670,8 +702,8 @@ def find_resume(given, out="out", kinds=(State, Run, Recipe)):
         except ValueError as error:
             faults.append(str(error))
             continue
-        if faults and os.environ.get("RANK", "0") == "0":
-            print(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", file=sys.stderr)
+        if faults:
+            say(f"warning: going on from {path}, the one before, for {'; '.join(faults)}", sys.stderr)
         return path, checkpoint
     raise ValueError(f"no checkpoint in {folder} is intact ({'; '.join(faults)}): restore one, or start anew")
 
@@ -706,14 +738,39 @@ def make_folder(out, name, resume):
 
 def prepare(folder, path, given, settings, state):
     """Put the run's folder in order before training; returns the rows of metrics.jsonl of the epochs done."""
+    lock(folder)
     for name in FILES:                                   # of a process that was killed while it wrote
         (folder / f"{name}.tmp").unlink(missing_ok=True)
     if path and path.name == "prev.pt" and Path(given["resume"]) != path:
         os.replace(path, folder / "last.pt")             # or the next save would put a damaged last.pt in its place
     write(folder / "config.json", json.dumps(settings, indent=1).encode())
     with suppress(FileNotFoundError):
-        return (folder / "metrics.jsonl").read_text().splitlines()[: state.epoch]
+        return (folder / "metrics.jsonl").read_bytes().splitlines()[: state.epoch]
     return []
+
+
+held = []    # the lock of this process's run, an open file
+
+
+def lock(folder):
+    """Take the run's folder for this process, as long as it lives. ValueError if it is another's."""
+    try:
+        import fcntl                                     # not on Windows
+    except ImportError:
+        return
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise ValueError(f"{folder} is being trained by {file.read() or 'another process'}: wait until that has ended, "
+                         "or give another folder") from error
+    except OSError:                                      # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    held[:] = [file]
 
 
 def write(path, content, previous=None):
@@ -728,13 +785,18 @@ def write(path, content, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                          # on a read-only file system
+            temporary.unlink()
         raise ValueError(f"{path} cannot be written ({error.strerror}): make room for it, then go on with --resume; "
                          "what was saved before is intact") from error
 
 
 def save(settings, state, model, optimizer, scaler, folder, improved=False):
-    """On rank 0 write last.pt, keeping the one before as prev.pt; and best.pt if `improved`."""
+    """On rank 0 write last.pt, keeping the one before as prev.pt; and best.pt if `improved`. ValueError on all if the
+    last update made weights infinite."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise ValueError(f"weights are not finite after iteration {state.iteration}; {folder} holds the run as it was "
+                         "last saved: try a smaller --lr or --dtype float32")
     if not is_rank_0():
         return
 

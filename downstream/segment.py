@@ -24,15 +24,15 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from data import eval_batches, loader, read_image, seed_of, shorten, train_batches
+from data import eval_batches, loader, printable, read_image, seed_of, shorten, train_batches
 from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
-from eval import (DEVICES, Parser, default_workers, local_rank_0_first, on_rank_0, report_errors, setup, shut_down,
-                  stop, stop_on_signals)
+from eval import (DEVICES, Parser, default_workers, local_rank_0_first, nonempty, on_rank_0, report_errors, say,
+                  setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
 from train import (CHOICES, Machine, Progress, batch_line, beginning, check_health, check_ranks, check_training_data,
-                   device_line, end_early, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches,
+                   device_line, end_early, ending, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches,
                    name_of, pick, plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap, write)
 from train import parse_flags as parse_run_flags
 
@@ -217,8 +217,13 @@ def train(argv):
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=data.classes,
+                    alpha=0.0 if cfg.soft else None, train_images=len(data), ranks=world)
     name = f"segment/{name_of(run, cfg)}-{recipe.head}"
     folder = path.parent if path else on_rank_0(make_folder, machine.out, name, "resume" in given)
+    rows = on_rank_0(prepare, folder, path, given, settings, state)
+    if not (folder / "best.pt").exists():                # last.pt was copied without it
+        state.best_miou = -1.0
 
     if world > 1 and device.type == "cuda":              # on a CPU each rank normalizes its own crops
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -232,10 +237,7 @@ def train(argv):
                             state.iteration, accumulate, rank, device, progress)
     val_batches = validation(val, rank, world, machine.workers, device)
     n_parameters = sum(p.numel() for p in model.parameters())
-    settings = dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=data.classes,
-                    alpha=0.0 if cfg.soft else None, train_images=len(data), ranks=world)
 
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
     say(f"model   {run.size}, step {run.step}{flags_of(overrides(cfg, run.size, run.step))}, head {recipe.head}: "
         f"{n_parameters:,} parameters, crops of {cfg.img_size} x {cfg.img_size} pixels in patches of {cfg.patch_size}")
     say(f"data    {run.data}: {len(data):,} images to train, {len(val):,} to test, {len(data.classes)} classes")
@@ -244,7 +246,6 @@ def train(argv):
     periods = recipe.iterations // recipe.eval_every
     for line in beginning(run, notes, folder, path, checkpoint, world, given, periods, recipe.iterations):
         say(line)
-    rows = prepare(folder, path, given, settings, state) if rank == 0 else []
 
     save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for period in range(state.epoch, periods):
@@ -302,13 +303,12 @@ def train(argv):
         improved = row["test_miou"] > state.best_miou
         state.epoch, state.loss_sum, state.unreadable = period + 1, 0.0, 0
         state.best_miou = max(state.best_miou, row["test_miou"])
-        rows.append(json.dumps(row))
+        rows.append(json.dumps(row).encode())
         if rank == 0:
-            write(folder / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+            write(folder / "metrics.jsonl", b"".join(row + b"\n" for row in rows))
         save_run(improved)
 
-    say(f"done    mIoU {state.best_miou:.2f} % in {folder / 'best.pt'}; evaluate it: "
-        f"python -m downstream.segment eval {folder / 'best.pt'} --data {run.data}")
+    say(ending(f"mIoU {state.best_miou:.2f} %", folder, "python -m downstream.segment eval", run.data))
     shut_down()
 
 
@@ -346,9 +346,9 @@ def draw(image, predicted, classes):
 def evaluate_run(argv):
     parser = Parser(prog="python -m downstream.segment eval", allow_abbrev=False)
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt")
-    parser.add_argument("--data", help="scenes, or a folder in ADE20K's layout; default: the run's own")
+    parser.add_argument("--data", type=nonempty, help="scenes, or a folder in ADE20K's layout; default: the run's own")
     parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and horizontal flips")
-    parser.add_argument("--image", help="segment this image alone, and draw it")
+    parser.add_argument("--image", type=nonempty, help="segment this image alone, and draw it")
     parser.add_argument("--draw", help="where that is drawn; default: segmentation.png")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
@@ -378,7 +378,7 @@ def evaluate_run(argv):
         print(json.dumps(result | dict(images=len(val), multi_scale=args.multi_scale)))
     elif rank == 0:
         for name, iou in zip(classes, result["test_iou"]):
-            print(f"{'    none' if iou is None else f'{iou:6.2f} %'}  {name}")
+            print(f"{'    none' if iou is None else f'{iou:6.2f} %'}  {printable(name)}")
         print(f"mIoU {result['test_miou']:.3f} %  pixel accuracy {result['test_pixel_acc']:.3f} %  {len(val):,} images"
               f"{', multi-scale' * args.multi_scale}")
     shut_down()

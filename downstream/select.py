@@ -22,7 +22,7 @@ import torch
 from data import open_data, shorten
 from eval import Parser, default_workers, report_errors, stop_on_signals
 from experiments.ladder import ROOT, train_all
-from model import Config, load_state, open_checkpoint, resize_positions, weights_of
+from model import Config, load_state, open_checkpoint, other_classes, resize_positions, weights_of
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
     "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
@@ -80,8 +80,9 @@ def aligned(name, tensor, shape, heads, own_heads, halves):
     return uniform(tensor, shape)
 
 
-def select_weights(model, source, rule):
+def select_weights(model, source, rule, classes=None):
     """Load into a model what a rule selects of a larger one: a checkpoint, a published name or a folder of LLaMA 2.
+    The head stays fresh if it is of other `classes`.
 
     Returns sentences about what was not there to select, and so is fresh. ValueError if the two do not fit.
     """
@@ -102,7 +103,8 @@ def select_weights(model, source, rule):
         pos = larger.get("pos_embed")
         if pos is not None and cfg.abs_pos and pos.shape[1] != cfg.tokens:
             larger["pos_embed"] = resize_positions(pos, cfg.tokens, cfg.cls_last)
-        if "head.weight" in larger and len(larger["head.weight"]) != cfg.num_classes:
+        if "head.weight" in larger and (len(larger["head.weight"]) != cfg.num_classes
+                                        or other_classes(checkpoint, classes)):
             fresh = ["head.weight", "head.bias"]
     missing = [name for name in own if name not in larger and name not in fresh]
     if missing:

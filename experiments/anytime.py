@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, read_image
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, printable, read_image
 from eval import (Parser, add_flags, describe, most_likely, open_model, open_val, parse, report_errors, setup,
                   stop_on_signals)
 from experiments.properties import report
@@ -220,7 +220,7 @@ def read(argv):
     for row in range(args.rows or side):
         reader.read(image[:, :, row * patch: (row + 1) * patch])
         (name, probability), *_ = most_likely(reader.answer()[0], checkpoint["classes"]).items()
-        print(f"row {row + 1:2} of {side}  {100 * probability:5.1f} %  {name}", flush=True)
+        print(f"row {row + 1:2} of {side}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import zipfile
+from http.client import IncompleteRead
 from pathlib import Path
 
 import numpy as np
@@ -188,13 +189,28 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
     assert "illama-small-in1k-79.9.pth could not be downloaded to" in said and "connect to a network, or give" in said
 
 
+@pytest.mark.parametrize("damage", ["cut short", "a page of HTML", "a connection that breaks"])
+def test_a_download_that_is_not_the_file_is_not_kept(damage, published, photos, monkeypatch, tmp_path, capsys):
+    source = tmp_path / "illama-tiny-in1k-75.0.pth"
+    content = source.read_bytes()
+    with monkeypatch.context() as patch:
+        if damage == "a connection that breaks":
+            patch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(IncompleteRead(b"half")))
+        else:
+            source.write_bytes(content[:-1000] if damage == "cut short" else b"<html>not found</html>")
+        said = refused(evaluation, ["illama-tiny-in1k-75.0", "--data", photos], capsys)
+        assert "could not be downloaded to" in said and not list((tmp_path / "hub" / "checkpoints").iterdir())
+    source.write_bytes(content)
+    assert json.loads(printed(["illama-tiny-in1k-75.0", "--data", photos, "--json"], capsys))["images"] == 11
+
+
 def test_a_published_file_that_would_run_code_is_refused(tmp_path, capsys):
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
     torch.save({"model": {}, "args": argparse.Namespace(trap=Trap())}, tmp_path / "trap.pth")
     said = refused(evaluation, [tmp_path / "trap.pth"], capsys)
-    assert re.search(r"trap.pth cannot be read as a checkpoint .* \(it holds \S+, which could run code\): use", said)
+    assert re.search(r"trap.pth cannot be read as a checkpoint .* \(it holds \S+, which could run code\): delete", said)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -210,6 +226,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
 @pytest.mark.parametrize("flags, said", [
     (["--data", "nowhere"], "--data nowhere is neither one of shapes"),
     (["--data", "shapes"], "shapes has the classes circle, ring, crescent, bar, triangle and 5 more, but the model"),
+    (["--image", ""], "argument --image: it is empty: give a value, or drop the flag"),
     (["--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
     (["--image", __file__], "test_eval.py cannot be read as an image"),
     (["--soft-mask", "2"], "alpha is 2.0; it must be between 0 and 1"),

@@ -5,9 +5,12 @@ import random
 import re
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -163,7 +166,8 @@ def test_a_finished_run_says_so(photos, finished, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment, number, fault, iteration", [
-    ("build", 1, "SIGTERM", 1), ("train", 2, "SIGTERM", 2), ("train", 4, "SIGINT to all", 4), ("evaluate", 1, "SIGTERM", 3)])
+    ("build", 1, "SIGTERM", 1), ("train", 2, "SIGTERM", 2), ("train", 4, "SIGINT to all", 4), ("evaluate", 1, "SIGTERM", 3),
+    ("train", 5, "SIGHUP", 5)])
 def test_a_signal_ends_a_run_that_resumes_exactly(moment, number, fault, iteration, photos, alone, tmp_path):
     code, said, errors = sabotaged(1, photos, tmp_path / "run", 0, moment, number, fault, "--workers", 2)
     assert code == 75 and errors == ""
@@ -196,6 +200,18 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes_exactly(photos, alone
     assert len(metrics(tmp_path / "run")) == 1                               # every line parses
     code, _, errors = torchrun(2, ROOT / "train.py", "--resume", tmp_path / "run", "--workers", 1)
     assert code == 0, errors
+    assert same(tmp_path / "run", alone2)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_resumes_by_itself(photos, alone2, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+               ROOT / "tests" / "saboteur.py", "1", "train", "5", "SIGKILL", "--data", photos, "--out", tmp_path / "run", "--resume",
+               *SMALL, *SAVING]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert "nothing to resume" in ended.stdout and "last.pt at iteration 4 of 6\n" in ended.stdout
     assert same(tmp_path / "run", alone2)
 
 
@@ -293,7 +309,7 @@ sys.exit(3)
 
 def test_a_signal_within_the_handler_of_another_does_not_hang(tmp_path):
     (tmp_path / "program.py").write_text("""
-import signal, sys, eval
+import signal, sys, time, eval
 def interrupt(frame, event, function):              # at each call and return within the handler, another signal comes
     sys.setprofile(None)
     signal.raise_signal(signal.SIGINT)
@@ -307,10 +323,116 @@ eval.stop_on_signals()
 sys.setprofile(again)
 signal.raise_signal(signal.SIGTERM)
 sys.setprofile(None)
+time.sleep(0.2)
 sys.exit(0 if eval.stop.count(signal.SIGINT) >= 3 else 1)
 """)
     program = subprocess.run([sys.executable, tmp_path / "program.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert program.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_program_that_waits_is_ended_by_a_second_signal_but_not_by_the_same_one_twice(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "program.py").write_text("""
+import eval, pathlib, sys
+eval.stop_on_signals()
+print("ready", flush=True)
+pathlib.Path(sys.argv[1]).read_bytes()             # as long as nobody writes into the pipe
+""")
+    program = subprocess.Popen([sys.executable, tmp_path / "program.py", tmp_path / "fifo"], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert program.stdout.readline() == "ready\n"
+    for _ in range(2):                                                       # from the terminal, and from torchrun
+        program.send_signal(signal.SIGINT)
+    time.sleep(2.5)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(10) == 128 + signal.SIGTERM
+
+
+def test_under_nohup_a_run_goes_on_when_its_terminal_is_closed(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import eval, signal, sys, time
+eval.stop_on_signals()
+signal.raise_signal(signal.SIGHUP)
+time.sleep(0.2)
+sys.exit(len(eval.stop))
+""")
+    command, environment = [sys.executable, tmp_path / "program.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["nohup", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(command, env=environment).returncode == 1
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    ended = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == -signal.SIGINT and ended.stderr == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["full", "closed"])
+def test_a_run_goes_on_though_its_output_is_lost(lost, photos, alone, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(photos), "--out", str(tmp_path / "run"), *SMALL, *SAVING]
+    if lost == "full":
+        code = subprocess.run(command, stdout=open("/dev/full", "w")).returncode
+    else:
+        code = subprocess.run(["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", *command]).returncode
+    assert code == 0 and same(tmp_path / "run", alone)
+
+
+def test_two_processes_do_not_train_one_run(photos, alone, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path / "run")
+    other = subprocess.Popen([sys.executable, "-c", "import sys, train; from pathlib import Path; train.lock(Path(sys.argv[1]));"
+                              " print('locked', flush=True); sys.stdin.read()", tmp_path / "run"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert other.stdout.readline() == "locked\n"
+    flags = ["--resume", tmp_path / "run", "--device", "cpu"]
+    said = refused(train, flags, capsys)
+    assert f"run is being trained by process {other.pid} on {socket.gethostname()}: wait until that has ended" in said
+    other.kill()                                                             # whoever dies does not keep it
+    other.wait()
+    resume(*flags[1:2])
+
+
+@pytest.mark.slow
+def test_what_the_system_refuses_is_reported_in_one_line(photos, tmp_path, capsys, monkeypatch):
+    flags = [*SMALL, "--data", str(photos), "--out", str(tmp_path / "run")]
+    with socket.socket() as taken, monkeypatch.context() as patch:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=taken.getsockname()[1]).items():
+            patch.setenv(name, str(value))
+        assert "MASTER_PORT, is in use: give torchrun another --master_port" in refused(train, flags, capsys)
+        patch.setenv("WORLD_SIZE", "0")
+        assert "RANK, WORLD_SIZE, LOCAL_RANK are 0, 0, 0: start with torchrun" in refused(train, flags, capsys)
+        patch.setenv("WORLD_SIZE", "two")
+        assert "RANK, WORLD_SIZE, LOCAL_RANK are 0, two, 0: start with torchrun" in refused(train, flags, capsys)
+    assert "File name too long" in refused(train, [*SMALL, "--data", "a" * 300], capsys)
+    monkeypatch.setattr(Images, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags, "--workers", "1"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: a data-loading worker was ended by the system, which is short of memory, shared")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("lr, said", [("1e30", "the loss of 11 images is nan: "), ("1e39", "weights are not finite after iteration 1; ")])
+def test_a_run_that_diverges_in_the_last_iteration_of_an_epoch_is_no_success(lr, said, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(photos, tmp_path / "run", "--lr", lr, "--warmup-epochs", 0, "--batch-size", 24, "--save-every", 0)
+    assert end.value.code == 2 and f"error: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "best.pt").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(photos, alone, tmp_path, capsys):
+    checkpoint = load(alone / "last.pt")
+    checkpoint["model"]["head.bias"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert "the weights hold numbers that are not finite" in refused(evaluation, [tmp_path / "last.pt", "--json", "--workers", 0], capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +469,41 @@ def test_a_full_disk_is_reported_and_what_was_saved_is_intact(ranks, photos, alo
     if ranks == 1:
         resume(tmp_path / "run")
         assert same(tmp_path / "run", alone)
+
+
+def test_a_read_only_file_system_is_reported(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ValueError, match=r"last.pt cannot be written \(Read-only file system\): make room for it"):
+        train.write(tmp_path / "last.pt", b"12345")
+
+
+def test_a_checkpoint_copied_without_best_pt_gets_another_one(photos, alone, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 4)                        # in the second epoch
+        run(photos, tmp_path / "run")
+    assert load(tmp_path / "run" / "last.pt")["best_acc1"] >= 0
+    (tmp_path / "a b").mkdir()
+    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "a b")
+    resume(tmp_path / "a b")
+    best = load(tmp_path / "a b" / "best.pt")
+    assert best["epoch"] == 2 and best["best_acc1"] == metrics(tmp_path / "a b")[-1]["test_acc1"]
+    assert f"evaluate it: python eval.py '{tmp_path}/a b/best.pt' --data {photos}\n" in capsys.readouterr().out
+    (tmp_path / "a b" / "best.pt").unlink()
+    resume(tmp_path / "a b")
+    assert f"done    {tmp_path}/a b/last.pt; evaluate it: python eval.py '{tmp_path}/a b/last.pt'" in capsys.readouterr().out
+
+
+def test_metrics_that_are_no_text_are_kept_as_they_are(photos, alone, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, torch.optim.AdamW, "step", 4)
+        run(photos, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff damaged\n")
+    resume(tmp_path / "run")
+    first, second = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()
+    assert first == b"\xff damaged" and json.loads(second)["epoch"] == 1
 
 
 def truncate(path):
@@ -455,6 +612,27 @@ def test_absurd_shapes_are_refused_before_memory_is_taken(changes, alone, tmp_pa
             continue
         refused(program, flags, capsys)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000 and time.time() - start < 10   # kB
+
+
+def compress(checkpoint, path):
+    torch.save(checkpoint, path)
+    with zipfile.ZipFile(path) as stored:
+        contents = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in contents.items():
+            file.writestr(name, content)
+
+
+def expand(checkpoint, path):
+    weights = {name: value.flatten()[:1].clone().expand(value.shape) for name, value in checkpoint["model"].items()}
+    torch.save(checkpoint | dict(model=weights), path)
+
+
+@pytest.mark.parametrize("damage, said", [(compress, "(it is compressed): delete or replace it"),
+                                          (expand, "is not a dict of tensors, dense and floating-point")])
+def test_a_small_file_of_large_weights_is_refused(damage, said, alone, tmp_path, capsys):
+    damage(load(alone / "last.pt"), tmp_path / "last.pt")
+    assert said in refused(evaluation, [tmp_path / "last.pt"], capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,6 +753,38 @@ def test_a_broken_exif_does_not_matter(tmp_path):
     shutil.move(tmp_path / "a.jpg", tmp_path / "val" / "a")
     image, _ = open_data(str(tmp_path), "val", 32)[0]
     assert image.size == (40, 30) and image.mode == "RGB"
+
+
+def test_a_file_is_what_it_holds_and_postscript_is_not_run(monkeypatch, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", "EPS")
+    monkeypatch.setattr(subprocess, "Popen", None)                           # what Ghostscript would be started with
+    with pytest.raises(ValueError, match=r"a.jpg cannot be read as an image \(its format is unknown\): replace"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_names_in_files_do_not_reach_the_terminal_as_codes(photos, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / f"{name}\x1b[31m").symlink_to(photos / split / name)
+    run(tmp_path / "data", tmp_path / "run", "--epochs", 1)
+    evaluation.main([str(tmp_path / "run"), "--image", str(photos / "val" / "cat" / "00.png")])
+    said = capsys.readouterr().out
+    assert "cat\N{REPLACEMENT CHARACTER}[31m\n" in said and "\x1b" not in said
+    (tmp_path / "data" / "val" / "owl\x1b[31m").mkdir()
+    said = refused(train, ["--data", tmp_path / "data", *SMALL], capsys)
+    assert "owl\N{REPLACEMENT CHARACTER}[31m" in said and "\x1b" not in said
+
+
+def test_names_are_printed_where_the_terminal_has_no_letters_for_them(photos, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / f"{name}\N{GREEK SMALL LETTER PI}").symlink_to(photos / split / name)
+    run(tmp_path / "data", tmp_path / "run", "--epochs", 1)
+    said = subprocess.run([sys.executable, ROOT / "eval.py", tmp_path / "run", "--image", photos / "val" / "cat" / "00.png"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert said.returncode == 0 and r"cat\u03c0" in said.stdout and said.stderr == ""
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):

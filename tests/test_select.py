@@ -175,6 +175,14 @@ def test_a_run_starts_from_selected_weights_and_says_so(photos, larger, tmp_path
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items() if not name.startswith("head"))
 
 
+def test_a_head_of_as_many_other_classes_is_not_selected_from(larger, tmp_path):
+    for classes, kept in (("01234", True), ("01235", False)):
+        model = VisionTransformer(config(**SMALLER))
+        before = model.head.weight.clone()
+        select_weights(model, tmp_path / "larger.pt", "uniform", list(classes))
+        assert torch.equal(model.head.weight, before) != kept
+
+
 def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     flags = ["--data", photos, *SMALL, "--out", tmp_path / "run", "--init-from", tmp_path / "larger.pt", "--select", "uniform"]
     llama(tmp_path / "llama")

@@ -408,7 +408,7 @@ def test_fine_tuning_keeps_the_weights_resizes_positions_and_makes_a_new_head(ph
     tuned = run(tmp_path / "two", tmp_path / "run", *flags)["model"]
     init = torch.load(finished / "best.pt", weights_only=True)["model"]
     assert (f"init    weights of {finished / 'best.pt'}; learned positions resized from 4 to 16 patches; "
-            "new head: 3 classes before, 2 now\n") in capsys.readouterr().out
+            "new head: 3 classes before, 2 others now\n") in capsys.readouterr().out
     assert tuned["head.weight"].shape == (2, 128) and torch.equal(tuned["pos_embed"][:, -1], init["pos_embed"][:, -1])
     assert all(torch.equal(tuned[name], init[name]) for name in init if not name.startswith(("head", "pos")))
 
@@ -417,6 +417,17 @@ def test_fine_tuning_with_the_same_classes_keeps_the_head(photos, finished, tmp_
     tuned = run(photos, tmp_path / "run", "--init-from", finished / "best.pt", "--lr", 0, "--min-lr", 0)["model"]
     assert f"init    weights of {finished / 'best.pt'}\n" in capsys.readouterr().out
     assert equal(tuned, torch.load(finished / "best.pt", weights_only=True)["model"])
+
+
+def test_fine_tuning_on_as_many_other_classes_makes_a_new_head(photos, finished, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for old, new in zip(("cat", "dog", "owl"), ("cat", "dog", "fox")):
+            (tmp_path / "data" / split / new).symlink_to(photos / split / old)
+    tuned = run(tmp_path / "data", tmp_path / "run", "--init-from", finished / "best.pt", "--lr", 0, "--min-lr", 0)["model"]
+    assert "new head: 3 classes before, 3 others now\n" in capsys.readouterr().out
+    init = torch.load(finished / "best.pt", weights_only=True)["model"]
+    assert [name for name in init if not torch.equal(tuned[name], init[name])] == ["head.weight", "head.bias"]
 
 
 def test_a_fine_tuning_run_resumes_from_its_own_checkpoint(photos, finished, monkeypatch, tmp_path):
@@ -430,11 +441,11 @@ def test_a_fine_tuning_run_resumes_from_its_own_checkpoint(photos, finished, mon
 @pytest.mark.slow
 def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
     torch.save(VisionTransformer(config("tiny")).state_dict(), tmp_path / "imagenet.pth")
-    flags = "--recipe basic --batch-size 8 --lr 2e-3 --epochs 1 --soft-mask-schedule linear --soft-mask-epochs 25"
+    flags = "--recipe basic --batch-size 8 --lr 2e-3 --epochs 1 --warmup-epochs 1 --soft-mask-schedule linear --soft-mask-epochs 1"
     train.main(["--data", str(photos), "--out", str(tmp_path / "run"), "--init-from", str(tmp_path / "imagenet.pth"),
                 *flags.split(), "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "5,508,675 parameters, 224 x 224 pixels" in said and "new head: 1000 classes before, 3 now" in said
+    assert "5,508,675 parameters, 224 x 224 pixels" in said and "new head: 1000 classes before, 3 others now" in said
     recipe = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["recipe"]
     assert (recipe["mixup"], recipe["cutmix"], recipe["augment"], recipe["erasing"]) == (0.8, 1, True, 0.25)
 
@@ -631,6 +642,11 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
+    (["--min-lr", "0.1"], "--min-lr 0.1 is above --lr 0.0007: lower it, too"),
+    (["--warmup-epochs", "3"], "--epochs 2 would end before --warmup-epochs 3: lower that, too"),
+    (["--soft-mask-epochs", "3"], "--epochs 2 would end before --soft-mask-epochs 3: lower that, too"),
+    (["--init-from", ""], "argument --init-from: it is empty: give a value, or drop the flag; --help lists the flags"),
+    (["--data", ""], "argument --data: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--freeze"], "--freeze needs weights to start from: give --init-from"),
     (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
     (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
@@ -703,6 +719,11 @@ def test_what_the_system_refuses_is_one_sentence(flags, said, photos, monkeypatc
 ])
 def test_resuming_another_run_is_refused(flags, said, finished, capsys):
     assert said in refused(train, ["--resume", finished, *flags], capsys)
+
+
+def test_the_type_that_auto_chose_is_no_other_one(finished, capsys):
+    train.main(["--resume", str(finished), "--dtype", "auto", "--device", "cpu"])
+    assert "finished" in capsys.readouterr().out
 
 
 def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
