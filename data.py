@@ -29,7 +29,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")   # whatever a name says; EPS would start Ghostscript
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]   # whatever a file's name says; EPS would start Ghostscript
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]   # see eval.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
 
 
@@ -87,11 +89,10 @@ def open_folder(root, split, classes):
     folder = root / split
     if not root.is_dir():
         raise ValueError(f"--data {root} is neither one of {', '.join(DATASETS)} nor a folder: check the path")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: put images into {folder}/CLASS/, a folder for each class")
-    found = class_folders(folder)
+    found = class_folders(folder) if folder.is_dir() else []
     if not found:
-        raise ValueError(f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class")
+        wrong = "has no class folders" if folder.is_dir() else "is missing"
+        raise ValueError(f"{folder} {wrong}: put images into {folder}/CLASS/, a folder for each class")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     if unknown:
@@ -396,8 +397,9 @@ def labels_of(source):
 def start_worker(_):
     """A worker that a signal to all processes of a run ended would end the run before it could save itself. And garbage
     collection, visiting the objects of all modules, would copy their memory to each worker, 80 MB of it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)                               # a forked worker would tell its parent's, see eval.py
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()
 
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from data import (Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data, printable,
-                  read_image)
+from data import (SIGNALS, Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data,
+                  printable, read_image)
 from model import build, open_checkpoint, overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,18 +66,13 @@ def score(predictions, device, stop=()):
         rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss]))
         images += len(labels)
     sums = torch.stack(rows).cpu().double().sum(0).tolist()
-    total = torch.tensor([*sums, images, len(stop) > 0], dtype=torch.float64)
-    if dist.is_initialized():
-        total = total.to(device)
-        dist.all_reduce(total)
-    hits1, hits5, loss, images, stopped = total.tolist()
+    hits1, hits5, loss, images, stopped = map(sum, zip(*gather([*sums, images, len(stop)])))
     if stopped:
         return None
     if not math.isfinite(loss):
-        raise ValueError(f"the loss of {images:,.0f} images is {loss}: the weights hold numbers that are not finite, or "
-                         "lead to such; use an earlier checkpoint, or --dtype float32")
-    return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images,
-                images=int(images))
+        raise ValueError(f"the loss of {images:,} images is {loss}: the weights hold numbers that are not finite, or "
+                         "lead to such; use an earlier checkpoint, or train again with a smaller --lr")
+    return dict(test_acc1=100 * hits1 / images, test_acc5=100 * hits5 / images, test_loss=loss / images, images=images)
 
 
 def evaluate(model, batches, device, dtype=torch.float32, stop=()):
@@ -130,7 +125,8 @@ def describe(model, checkpoint, dtype):
 
 def add_flags(parser):
     """The flags that programs share which evaluate a model."""
-    parser.add_argument("--data", type=nonempty, help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
+    parser.add_argument("--data", type=nonempty,
+                        help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
     parser.add_argument("--soft-mask", type=float, help="alpha, from 1 (bidirectional) to 0, for the checkpoint's")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass on one rank")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
@@ -202,38 +198,38 @@ def nonempty(value):
     return value
 
 
-REFUSALS = {  # what the system refuses, by words in torch's messages
-    r"DataLoader worker \(pid|ancdata|open files": "a data-loading worker was ended by the system, which is short of "
-                                                   "memory, shared memory (/dev/shm) or open files: use fewer --workers",
-    "EADDRINUSE|address already in use": "the port of the ranks' meeting, MASTER_PORT, is in use: give torchrun another "
-                                         "--master_port",
+REFUSALS = {  # what the system refuses, by words in an error
+    r"DataLoader worker \(pid|ancdata|open files":
+        "a data-loading worker was ended by the system, which may be short of memory, shared memory (/dev/shm) or open "
+        "files: use fewer --workers",
+    "EADDRINUSE|address already in use":
+        "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun another --master_port",
     "by peer": "another rank has ended: see its message, then go on with --resume",
-    "alloc|out of memory|overflow": "there is not enough memory for this: make the model, the images or the batch "
-                                    "smaller",
+    "alloc|out of memory|overflow|MemoryError":
+        "there is not enough memory for this: make the model, the images or the batch smaller",
 }
 
 
 @contextmanager
 def report_errors():
     """Bad input, and what the system refuses, ends a program with one line, printed once per node, and exit code 2."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # or closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")              # class names, on a terminal without Unicode
     try:
         yield
     except Exception as error:
-        known = [reason for words, reason in REFUSALS.items() if re.search(words, str(error), re.I)]
+        known = [reason for words, reason in REFUSALS.items() if re.search(words, repr(error), re.I)]
         if isinstance(error, ValueError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             if not frame.line.startswith("raise") or "site-packages" in frame.filename:          # a bug, not a refusal
                 raise
             reason = printable(str(error))
+        elif isinstance(error, RuntimeError | OSError | MemoryError) and known and not getattr(error, "filename", None):
+            reason = known[0]
         elif isinstance(error, OSError) and error.strerror:
             place = printable(str(error.filename or "the system"))
             reason = f"{place}: {error.strerror}: give another path or fewer processes"
-        elif isinstance(error, RuntimeError | OSError) and known:
-            reason = known[0]
-        elif isinstance(error, MemoryError):
-            reason = list(REFUSALS.values())[-1]
         else:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -243,34 +239,37 @@ def report_errors():
         sys.exit(2)
 
 
-stop = []                                                              # signals that asked to
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+stop = []                        # signals that asked to
+unbroken = threading.Lock()      # held while a file is written
 
 
 def stop_on_signals():
-    """SIGTERM, SIGINT and SIGHUP ask the program to stop, by what they leave in `stop`; one that comes two seconds later
-    ends it at once. (Sooner it is the same Ctrl-C, which a rank gets from the terminal and from torchrun.)
+    """SIGTERM, SIGINT and SIGHUP ask the program to stop, by what they leave in `stop`; one that comes two seconds or
+    more later ends it at once. (Sooner it is the same Ctrl-C, which a rank gets from the terminal and from torchrun.)
 
     A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:                 # as nohup has it
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:       # by nohup
             signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
 
 
-def listen(reading, writing):
+def listen(reading, writing):            # the latter to keep it open
     first = math.inf
     while True:
         number = reading.recv(1)[0]
         if number in SIGNALS:
             if time.monotonic() - first > 2:
-                os._exit(128 + number)
-            first = min(first, time.monotonic())
+                with unbroken:
+                    os._exit(128 + number)
             stop.append(number)
+            if len(stop) == 1:
+                first = time.monotonic()
+                say("stopping as soon as everything is saved; a second signal ends it at once")
 
 
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16", "float16")
@@ -286,8 +285,8 @@ def setup(device="auto", dtype="auto"):
     missing = [name for name in names if name not in os.environ]
     if missing and "RANK" in os.environ:
         raise ValueError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
-    values = [os.environ.get(name, default) for name, default in zip(names, "010")]
-    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
+    values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"))]
+    if "RANK" in os.environ and (not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1])):
         raise ValueError(f"{', '.join(names[:3])} are {', '.join(values)}: start with torchrun, which sets them")
     rank, world, local = map(int, values)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -313,7 +312,11 @@ def setup(device="auto", dtype="auto"):
     if world > 1:
         global gloo
         gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        store, _, _ = next(dist.rendezvous("env://"))
+        # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if gpu else None)
         gloo = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return rank, world, device, getattr(torch, dtype)
 
@@ -340,12 +343,12 @@ def gather(value):
 
 
 def on_rank_0(function, *args):
-    """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError that it raises."""
+    """Call a function on rank 0 alone; all ranks get what it returns, or the ValueError or OSError that it raises."""
     answer = error = None
     if is_rank_0():
         try:
             answer = function(*args)
-        except ValueError as refusal:
+        except (ValueError, OSError) as refusal:
             error = refusal
     answer, error = gather((answer, error))[0]
     if error:
@@ -371,7 +374,8 @@ def say(text, file=None):
             tqdm.write(text, file)
             file.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())             # what is left in its buffer, too
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())         # what is left in its buffer, too
 
 
 def is_rank_0():

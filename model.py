@@ -17,12 +17,13 @@ Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h hea
 """
 import argparse
 import math
-import os
 import pickle
 import re
 import sys
 import textwrap
+import uuid
 import zipfile
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -216,10 +217,10 @@ class Mask(NamedTuple):
 MASKS = {  # name: function of future(), which makes the table of the later keys, the class token's row, and alpha
     "none": lambda future, cls, alpha: Mask(),
     "causal": lambda future, cls, alpha: Mask(is_causal=True),
-    "modified": lambda future, cls, alpha: Mask(attn_bias=fill(future() & ~cls, -math.inf)),
-    "soft": lambda future, cls, alpha: Mask(attn_scale=fill(future(), alpha, elsewhere=1.0)),
+    "modified": lambda future, cls, alpha: Mask(attn_bias=torch.where(future() & ~cls, -math.inf, 0.0)),
+    "soft": lambda future, cls, alpha: Mask(attn_scale=torch.where(future(), float(alpha), 1.0)),
     "soft_log": lambda future, cls, alpha: (
-        Mask(attn_bias=fill(future(), math.log(alpha))) if alpha else Mask(is_causal=True)),
+        Mask(attn_bias=torch.where(future(), math.log(alpha), 0.0)) if alpha else Mask(is_causal=True)),
 }
 
 
@@ -227,10 +228,6 @@ def make_mask(cfg, alpha=0.0, device=None):
     place = torch.arange(cfg.tokens, device=device)                  # made on the device: nothing is copied to it
     cls = (place == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]            # N, 1: the class token as the query
     return MASKS[cfg.mask](lambda: place > place[:, None], cls, alpha)
-
-
-def fill(future, value, elsewhere=0.0):
-    return torch.full(future.shape, elsewhere, device=future.device).masked_fill(future, value)
 
 
 class Attention(nn.Module):
@@ -371,8 +368,8 @@ class VisionTransformer(nn.Module):
     def attention_maps(self, images):
         """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
         x, maps = self.embed(images), []
-        place = torch.arange(x.shape[1], device=x.device)
-        attn_bias = fill(place > place[:, None], -math.inf) if self.is_causal else self.attn_bias
+        N = x.shape[1]
+        attn_bias = x.new_full((N, N), -math.inf).triu(1) if self.is_causal else self.attn_bias
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
             maps.append(attention_weights(q, k, attn_bias))
@@ -411,16 +408,18 @@ def fetch(name):
     """The file of published weights, downloaded once into torch.hub's folder. ValueError if that fails."""
     file = Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth")
     if not file.exists():
-        part = file.with_suffix(f".{os.getpid()}.part")
+        part = file.with_suffix(f".{uuid.uuid4().hex}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(part), progress=sys.stderr.isatty())
-            read_file(part)                                                # it may be cut short, or a page of HTML
+            read_file(part)
             part.replace(file)
         except (OSError, HTTPException, ValueError) as error:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({error!r:.200}): connect "
-                             "to a network, or give the path of the file") from error
+            with suppress(OSError):
+                part.unlink()
+            reason = "it was cut short or is another file" if isinstance(error, ValueError) else error
+            raise ValueError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({reason}): connect to a "
+                             "network, or give the path of the file") from error
     return file
 
 
@@ -560,7 +559,8 @@ def load_weights(model, source, new_head=False, classes=None):
         notes.append(f"learned positions resized from {pos.shape[1] - 1} to {own_pos.shape[1] - 1} patches")
     if new_head and "head.weight" in state and (state["head.weight"].shape != own["head.weight"].shape
                                                 or other_classes(source, classes)):
-        notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])} others now")
+        others = " others" * (len(state["head.weight"]) == len(own["head.weight"]))
+        notes.append(f"new head: {len(state['head.weight'])} classes before, {len(own['head.weight'])}{others} now")
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
     load_state(model, state)
     return notes

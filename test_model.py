@@ -227,7 +227,7 @@ def test_a_new_kind_of_mask_is_one_entry_of_a_table(monkeypatch):
     def prefix(future, cls, alpha):                                          # the first four attend to each other
         hidden = future()
         hidden[:4, :4] = False
-        return model.Mask(attn_bias=model.fill(hidden, -math.inf))
+        return model.Mask(attn_bias=torch.where(hidden, -math.inf, 0.0))
     monkeypatch.setitem(model.MASKS, "prefix", prefix)
     attn = build("soft_mask", mask="prefix").attention_maps(hashed_images(1))[0, 0, 0]
     assert (attn[:4, :4] > 0).all() and (attn[:4, 4:] == 0).all()

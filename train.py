@@ -14,7 +14,7 @@ ends as the run that was not. SIGTERM, SIGINT and SIGHUP make it save itself and
 """
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)         # while it imports, Ctrl-C ends it without a traceback
 
 import argparse
@@ -46,11 +46,9 @@ from tqdm import tqdm
 from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
                   open_data, printable, seed_of, shorten, train_batches, train_transform)
 from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, is_rank_0, local_rank_0_first, nonempty,
-                  on_rank_0, report_errors, say, setup, shut_down, stop, stop_on_signals)
+                  on_rank_0, report_errors, say, setup, shut_down, stop, stop_on_signals, unbroken)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
                    overrides, read_checkpoint, validate)
-
-SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
@@ -225,15 +223,17 @@ def wrap(model, blocks, machine, world):
     return net
 
 
-def micro_batches(batches, recipe, classes, seed, start, accumulate, rank, device, progress):
-    """(images, labels, how many of them were unreadable) of the whole run from iteration `start` on: on the device,
+def micro_batches(batches, recipe, classes, seed, first, accumulate, rank, device, progress):
+    """(images, labels, how many of them were unreadable) of the whole run from iteration `first` on: on the device,
     normalized, erased and mixed as the recipe says."""
     warned = set()
-    for number in itertools.count(start * accumulate):
-        images, labels, faults = progress.timed(next, batches)
+    for number in itertools.count(first * accumulate):
+        start = time.perf_counter()
+        images, labels, faults = next(batches)
+        progress.waited += time.perf_counter() - start
         for fault in set(filter(None, faults)) - warned:
             warned.add(fault)
-            with suppress(OSError):                      # stderr is lost
+            with suppress(OSError):                      # stderr is lost; say() is for rank 0 alone
                 tqdm.write(f"warning: {printable(fault)}; until then the next one takes its place", sys.stderr)
         rng = random.Random(f"{seed} {number // accumulate} {rank} {number % accumulate}")
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -293,7 +293,9 @@ def main(argv=None):
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
     state = State(**pick(State, checkpoint or {}))
     micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
-    train, val = open_splits(run, recipe, checkpoint)
+    train = local_rank_0_first(open_data, run.data, "train", recipe.img_size)
+    val = local_rank_0_first(open_data, run.data, "val", recipe.img_size, train.classes)
+    check_training_data(run, recipe, train, checkpoint)
     check_ranks(run, recipe, cfg, state, train, val)
     per_epoch = len(train) // recipe.batch_size
     cfg = replace(cfg, num_classes=len(train.classes))
@@ -325,7 +327,7 @@ def main(argv=None):
 
     net = wrap(model, model.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    progress = Progress(recipe, per_epoch, rank)
+    progress = Progress(recipe, per_epoch)
     images = Images(train, partial(train_transform, size=cfg.img_size, augment=recipe.augment), run.seed)
     order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
                           state.iteration)
@@ -337,13 +339,12 @@ def main(argv=None):
 
     for line in introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
         say(line)
-    for line in beginning(run, notes, folder, path, checkpoint, world, given, recipe.epochs, recipe.epochs * per_epoch):
-        say(line)
+    announce(run, notes, folder, path, checkpoint, world, given, recipe.epochs, recipe.epochs * per_epoch)
 
     save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for epoch in range(state.epoch, recipe.epochs):
         model.train()
-        progress.start(f"epoch {epoch}", epoch, state.iteration)
+        progress.start(f"epoch {epoch}", state.iteration - epoch * per_epoch)
         while state.iteration < (epoch + 1) * per_epoch:
             lr = lr_at(state.iteration, recipe, per_epoch)
             for group in optimizer.param_groups:
@@ -373,7 +374,7 @@ def main(argv=None):
             state.loss_sum += loss_sum
             state.iteration += 1
 
-            progress.update(state.iteration, loss_sum / accumulate / world, lr, state.alpha)
+            progress.update(loss_sum / accumulate / world, lr, state.alpha)
             if stops:
                 progress.end()
                 save_run()
@@ -430,17 +431,17 @@ def device_line(run, machine, device):
     return f"device  {device.type}{threads}, {run.dtype}{extras}"
 
 
-def beginning(run, notes, folder, path, checkpoint, world, given, last, iterations):
-    """The lines that say where a run begins: weights, folder, and what it resumes; `last` is the epoch of its end."""
+def announce(run, notes, folder, path, checkpoint, world, given, last, iterations):
+    """Say where a run begins: weights, folder, and what it resumes; `last` is the epoch of its end."""
     if checkpoint:
         finished = ", finished" * (checkpoint["epoch"] == last)
-        yield f"resume  {path} at iteration {checkpoint['iteration']:,} of {iterations:,}{finished}"
+        say(f"resume  {path} at iteration {checkpoint['iteration']:,} of {iterations:,}{finished}")
         if checkpoint["ranks"] != world:
-            yield f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ"
+            say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
     else:
         if run.init_from:
-            yield f"init    {'; '.join([f'weights of {run.init_from}', *notes])}"
-        yield f"run     {folder}{', nothing to resume' * ('resume' in given)}"
+            say(f"init    {'; '.join([f'weights of {run.init_from}', *notes])}")
+        say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
 
 
 def ending(best, folder, program, data):
@@ -467,44 +468,38 @@ def end_early(state, folder):
 class Progress:
     """How fast it goes: a bar on a terminal, elsewhere a line every ten seconds; rank 0 alone shows it."""
 
-    def __init__(self, recipe, per_epoch, rank):
-        self.recipe, self.per_epoch, self.silent, self.waited = recipe, per_epoch, rank > 0, 0.0
+    def __init__(self, recipe, per_epoch):
+        self.recipe, self.per_epoch, self.waited = recipe, per_epoch, 0.0
 
-    def start(self, title, epoch, iteration):
-        self.title, self.epoch, done = title, epoch, iteration - epoch * self.per_epoch
+    def start(self, title, done):
+        """Begin an epoch of which so many iterations are done."""
+        self.title, self.done = title, done
         self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
-        self.bar = tqdm(total=self.per_epoch, initial=done, desc=title, leave=False, disable=self.silent or None)
+        self.bar = tqdm(total=self.per_epoch, initial=done, desc=title, leave=False, disable=not is_rank_0() or None)
 
-    def timed(self, function, *args):
-        """What a call returns; its time counts as waiting for data."""
-        start = time.perf_counter()
-        result = function(*args)
-        self.waited += time.perf_counter() - start
-        return result
-
-    def speed(self, since, done):
+    def speed(self, since):
         """Images/s, and the fraction of the time spent waiting for data, since a mark."""
         then, before, waited = since
         seconds = max(time.perf_counter() - then, 1e-9)
-        return (done - before) * self.recipe.batch_size / seconds, (self.waited - waited) / seconds
+        return (self.done - before) * self.recipe.batch_size / seconds, (self.waited - waited) / seconds
 
-    def update(self, iteration, loss, lr, alpha):
-        done = iteration - self.epoch * self.per_epoch
+    def update(self, loss, lr, alpha):
+        self.done += 1
         self.bar.update()
-        if not self.silent and time.perf_counter() - self.shown[0] > (10 if self.bar.disable else 1):
-            rate, waiting = self.speed(self.shown, done)
+        if time.perf_counter() - self.shown[0] > (10 if self.bar.disable else 1):
+            rate, waiting = self.speed(self.shown)
             mask = "" if alpha is None else f"alpha {alpha:.3f}  "
             hint = "; more --workers may help" if waiting > 0.2 else ""
             text = f"loss {loss:.4f}  lr {lr:.2e}  {mask}{rate:,.0f} images/s, data wait {waiting:.0%}{hint}"
             self.bar.set_postfix_str(text)
             if self.bar.disable:
-                say(f"{self.title}  {done}/{self.per_epoch}  {text}")
-            self.shown = time.perf_counter(), done, self.waited
+                say(f"{self.title}  {self.done}/{self.per_epoch}  {text}")
+            self.shown = time.perf_counter(), self.done, self.waited
 
     def end(self):
         """Images/s and the fraction of waiting over the epoch, as far as it was trained now."""
         self.bar.close()
-        return self.speed(self.began, self.per_epoch)
+        return self.speed(self.began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +507,7 @@ class Progress:
 
 
 CHOICES = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES,
-               soft_mask_schedule=SCHEDULES, select=("uniform", "aligned"))   # flags whose values are listed
+               soft_mask_schedule=("constant", "linear"), select=("uniform", "aligned"))   # flags with a list of values
 
 
 def flag(name, value=None):
@@ -558,11 +553,11 @@ def pick(cls, values):
 
 def parse_flags(argv=None, run=Run, recipe=Recipe, choices=CHOICES, out="out",
                 description="Train any rung of the ladder from ViT to iLLaMA.", **about):
-    """The flags that were given, by name; --resume is '' when it came without a path."""
+    """The flags that were given, by name; --resume is None when it came without a path."""
     parser = Parser(description=description, allow_abbrev=False, **about)
     add_flags(parser, run, choices=choices)
     add_flags(parser, Machine, choices=choices)
-    parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="PATH",
+    parser.add_argument("--resume", nargs="?", type=nonempty, default=argparse.SUPPRESS, metavar="PATH",
                         help=f"go on with the run in a folder; without PATH: in --out, or the newest in {out}/")
     add_flags(parser.add_argument_group("how to train (default: as --recipe says)"), recipe, choices=choices)
     add_flags(parser.add_argument_group("model (default: as --size and --step say)"), Config,
@@ -605,23 +600,18 @@ def resolve(given, checkpoint):
     if run.dtype == "auto" and not run.recipe.startswith(("small-data", "transfer")):
         run = replace(run, dtype="float32")                               # as the published runs
     cfg = config(run.size, run.step, **pick(Config, asdict(recipe)) | pick(Config, given))
-    explicit = [name for name in ("soft_mask_schedule", "soft_mask_epochs") if name in given]
-    if explicit and checkpoint is None and not cfg.soft:
-        raise ValueError(f"{flag(explicit[0])} needs a soft mask, but the mask of this model is {cfg.mask!r}: "
-                         "drop the flag, or add --mask soft")
     if checkpoint is None:
-        check_schedules(recipe, cfg)
+        for name in ("soft_mask_schedule", "soft_mask_epochs"):
+            if name in given and not cfg.soft:
+                raise ValueError(f"{flag(name)} needs a soft mask, but the mask of this model is {cfg.mask!r}: drop "
+                                 "the flag, or add --mask soft")
+        if recipe.min_lr > recipe.lr:
+            raise ValueError(f"--min-lr {recipe.min_lr} is above --lr {recipe.lr}: lower --min-lr, too")
+        longer = [flag(name, getattr(recipe, name)) for name in ["warmup_epochs"] + ["soft_mask_epochs"] * cfg.soft
+                  if recipe.epochs < getattr(recipe, name)]
+        if longer:
+            raise ValueError(f"--epochs {recipe.epochs} would end before {' and '.join(longer)}: lower that, too")
     return run, recipe, cfg
-
-
-def check_schedules(recipe, cfg):
-    """ValueError if a schedule would not reach its end."""
-    if recipe.min_lr > recipe.lr:
-        raise ValueError(f"--min-lr {recipe.min_lr} is above --lr {recipe.lr}: lower it, too")
-    for name in ["warmup_epochs"] + ["soft_mask_epochs"] * cfg.soft:
-        if recipe.epochs < getattr(recipe, name):
-            raise ValueError(f"--epochs {recipe.epochs} would end before {flag(name, getattr(recipe, name))}: lower "
-                             "that, too")
 
 
 def default_recipe(run):
@@ -655,15 +645,8 @@ def split_batch(recipe, world, strict):
     return micro, part // micro
 
 
-def open_splits(run, recipe, checkpoint):
-    """(training, validation) data. ValueError if they are too few, or not those of the run to resume."""
-    train = local_rank_0_first(open_data, run.data, "train", recipe.img_size)
-    val = local_rank_0_first(open_data, run.data, "val", recipe.img_size, train.classes)
-    check_training_data(run, recipe, train, checkpoint)
-    return train, val
-
-
 def check_training_data(run, recipe, train, checkpoint):
+    """ValueError if the images are too few, or not those of the run to resume."""
     if len(train) < recipe.batch_size:
         raise ValueError(f"--data {run.data} has {len(train)} training images, less than one --batch-size "
                          f"{recipe.batch_size}: make it smaller")
@@ -741,7 +724,7 @@ def prepare(folder, path, given, settings, state):
     lock(folder)
     for name in FILES:                                   # of a process that was killed while it wrote
         (folder / f"{name}.tmp").unlink(missing_ok=True)
-    if path and path.name == "prev.pt" and Path(given["resume"]) != path:
+    if path and path.name == "prev.pt" and Path(given["resume"] or "") != path:
         os.replace(path, folder / "last.pt")             # or the next save would put a damaged last.pt in its place
     write(folder / "config.json", json.dumps(settings, indent=1).encode())
     with suppress(FileNotFoundError):
@@ -749,11 +732,9 @@ def prepare(folder, path, given, settings, state):
     return []
 
 
-held = []    # the lock of this process's run, an open file
-
-
 def lock(folder):
     """Take the run's folder for this process, as long as it lives. ValueError if it is another's."""
+    lock.file = None                                     # to close a file of this folder later would give it away
     try:
         import fcntl                                     # not on Windows
     except ImportError:
@@ -763,27 +744,28 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise ValueError(f"{folder} is being trained by {file.read() or 'another process'}: wait until that has ended, "
-                         "or give another folder") from error
+        raise ValueError(f"{folder} is being trained by {file.read() or 'another process'}: wait until that has ended; "
+                         f"if it has, delete {file.name}") from error
     except OSError:                                      # a file system without locks
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    held[:] = [file]
+    lock.file = file
 
 
 def write(path, content, previous=None):
     """Write bytes so that the file is intact at any moment, old or new; the old one is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with unbroken:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):                          # on a read-only file system
             temporary.unlink()
@@ -795,8 +777,8 @@ def save(settings, state, model, optimizer, scaler, folder, improved=False):
     """On rank 0 write last.pt, keeping the one before as prev.pt; and best.pt if `improved`. ValueError on all if the
     last update made weights infinite."""
     if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise ValueError(f"weights are not finite after iteration {state.iteration}; {folder} holds the run as it was "
-                         "last saved: try a smaller --lr or --dtype float32")
+        raise ValueError(f"weights are not finite after iteration {state.iteration}, which was not saved: try a "
+                         "smaller --lr or --dtype float32")
     if not is_rank_0():
         return
 

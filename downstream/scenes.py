@@ -16,8 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from data import (FILL, SHAPES, TEXTURES, Images, coordinates, draw_background, draw_shape, read_image, shorten,
-                  to_image)
+from data import (FILL, FORMATS, SHAPES, TEXTURES, Images, coordinates, draw_background, draw_shape, read_image,
+                  shorten, to_image)
 
 SPLITS, IGNORED = ("training", "validation"), -1
 
@@ -79,7 +79,7 @@ def read_classes(root):
 def read_annotation(path, size, classes):
     """An annotation as a PIL image of mode L. ValueError that names it if it is none."""
     try:
-        annotation = Image.open(path)
+        annotation = Image.open(path, formats=FORMATS)
         annotation.load()
     except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
         raise ValueError(f"{path} cannot be read as an annotation ({error}): replace it") from error

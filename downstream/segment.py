@@ -27,13 +27,14 @@ from torchvision.transforms.v2 import functional as TF
 from data import eval_batches, loader, printable, read_image, seed_of, shorten, train_batches
 from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
-from eval import (DEVICES, Parser, default_workers, local_rank_0_first, nonempty, on_rank_0, report_errors, say,
+from eval import (DEVICES, DTYPES, Parser, default_workers, local_rank_0_first, nonempty, on_rank_0, report_errors, say,
                   setup, shut_down, stop, stop_on_signals)
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
-from train import (CHOICES, Machine, Progress, batch_line, beginning, check_health, check_ranks, check_training_data,
-                   device_line, end_early, ending, find_resume, flag, flags_of, load_optimizer, make_folder, micro_batches,
-                   name_of, pick, plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap, write)
+from train import (CHOICES, Machine, Progress, announce, batch_line, check_health, check_ranks, check_training_data,
+                   device_line, end_early, ending, find_resume, flag, flags_of, load_optimizer, make_folder,
+                   micro_batches, name_of, pick, plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap,
+                   write)
 from train import parse_flags as parse_run_flags
 
 
@@ -63,6 +64,8 @@ class Recipe:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from {least} on")
         if self.head not in HEADS:                       # of a checkpoint
             raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(HEADS)}")
+        if self.warmup > self.iterations:
+            raise ValueError(f"--iterations {self.iterations} would end before --warmup {self.warmup}: lower that, too")
         if self.iterations % self.eval_every:
             raise ValueError(f"--iterations {self.iterations} is not a multiple of --eval-every {self.eval_every}: "
                              "change one of them")
@@ -229,7 +232,7 @@ def train(argv):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = wrap(model, model.backbone.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    progress = Progress(recipe, recipe.eval_every, rank)
+    progress = Progress(recipe, recipe.eval_every)
     crops = Annotated(data, partial(train_transform, size=cfg.img_size, short_side=recipe.short_side), run.seed)
     passes = math.ceil(recipe.iterations / (len(data) // recipe.batch_size))                 # over the data
     order = train_batches(len(data), recipe.batch_size, accumulate, rank, world, run.seed, passes, state.iteration)
@@ -244,14 +247,13 @@ def train(argv):
     say(f"{batch_line(run, recipe, RECIPES, world, micro_batch)}: {plural(recipe.iterations, 'iteration')}")
     say(device_line(run, machine, device))
     periods = recipe.iterations // recipe.eval_every
-    for line in beginning(run, notes, folder, path, checkpoint, world, given, periods, recipe.iterations):
-        say(line)
+    announce(run, notes, folder, path, checkpoint, world, given, periods, recipe.iterations)
 
     save_run = partial(save, settings, state, model, optimizer, scaler, folder)
     for period in range(state.epoch, periods):
         end = (period + 1) * recipe.eval_every
         model.train()
-        progress.start(f"to iteration {end}", period, state.iteration)
+        progress.start(f"to iteration {end}", state.iteration - period * recipe.eval_every)
         while state.iteration < end:
             lr = lr_at(state.iteration, recipe)
             for group in optimizer.param_groups:
@@ -278,7 +280,7 @@ def train(argv):
             state.loss_sum += loss_sum
             state.iteration += 1
 
-            progress.update(state.iteration, loss_sum / accumulate / world, lr, None)
+            progress.update(loss_sum / accumulate / world, lr, None)
             if stops:
                 progress.end()
                 save_run()
@@ -349,10 +351,11 @@ def evaluate_run(argv):
     parser.add_argument("--data", type=nonempty, help="scenes, or a folder in ADE20K's layout; default: the run's own")
     parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and horizontal flips")
     parser.add_argument("--image", type=nonempty, help="segment this image alone, and draw it")
-    parser.add_argument("--draw", help="where that is drawn; default: segmentation.png")
+    parser.add_argument("--draw", type=nonempty, help="where that is drawn; default: segmentation.png")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     args = parser.parse_args(argv)
     if args.image and (args.data or args.json):
         raise ValueError("--image segments one image alone, and draws it: drop it, or --data and --json")
@@ -360,20 +363,22 @@ def evaluate_run(argv):
         raise ValueError(f"--draw {args.draw} is the PNG of an --image: give an --image, and a name that ends in .png")
     if not 0 <= args.workers <= 1024:
         raise ValueError(f"--workers is {args.workers}; it must be from 0 to 1024")
-    rank, world, device, _ = setup(args.device)
+    rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_segmenter(args.checkpoint, device)
+    if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
+        dtype = torch.float32
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
         image, file = read_image(args.image), args.draw or "segmentation.png"
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if rank == 0:
             draw(image, predicted, classes).save(file)
             print(f"{file} has {args.image}, the class of each pixel, and the legend")
         return shut_down()
     val = open_validation(checkpoint, args.data)
-    result = evaluate(model, validation(val, rank, world, args.workers, device), short_side, device, **views)
+    result = evaluate(model, validation(val, rank, world, args.workers, device), short_side, device, dtype, **views)
     if rank == 0 and args.json:
         print(json.dumps(result | dict(images=len(val), multi_scale=args.multi_scale)))
     elif rank == 0:

@@ -212,7 +212,11 @@ def evaluate(model, batches, short_side, device, dtype=torch.float32, stop=(), *
             break
         check_readable(faults)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            predicted = predict(model, images[0].to(device), short_side, **views).argmax(0)
+            logits = predict(model, images[0].to(device), short_side, **views)
+        if not logits.isfinite().all():
+            raise ValueError("the logits of an image are not finite: the weights hold such numbers, or lead to them; "
+                             "use an earlier checkpoint, or train again with a smaller --lr")
+        predicted = logits.argmax(0)
         matrix += confusion(labels[0].to(device), predicted, classes)
     stopped = torch.tensor(len(stop), device=device)
     if dist.is_initialized():

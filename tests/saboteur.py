@@ -3,7 +3,8 @@
     python saboteur.py RANK MOMENT NUMBER FAULT [flags of train.py]
 
 MOMENT is "build" (of the model), "train" or "evaluate" (a forward pass there). FAULT strikes the process RANK at the
-NUMBER-th such moment: a signal's name, "SIGINT to all", which is Ctrl-C, "SIGTERM to the launcher", "full disk" or "nan".
+NUMBER-th such moment: a signal's name, "SIGINT to all", which is Ctrl-C, "SIGHUP to all", a closed terminal, "SIGTERM
+to the launcher", "full disk" or "nan".
 """
 import os
 import resource
@@ -27,8 +28,8 @@ def reached(now):
 def strike():
     if fault == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))          # bytes a file
-    elif fault == "SIGINT to all":
-        os.killpg(0, signal.SIGINT)
+    elif fault.endswith(" to all"):
+        os.killpg(0, signal.Signals[fault.removesuffix(" to all")])
     elif fault == "SIGTERM to the launcher":
         os.kill(os.getppid(), signal.SIGTERM)
     elif fault != "nan":

@@ -199,7 +199,8 @@ def test_a_download_that_is_not_the_file_is_not_kept(damage, published, photos, 
         else:
             source.write_bytes(content[:-1000] if damage == "cut short" else b"<html>not found</html>")
         said = refused(evaluation, ["illama-tiny-in1k-75.0", "--data", photos], capsys)
-        assert "could not be downloaded to" in said and not list((tmp_path / "hub" / "checkpoints").iterdir())
+        assert "could not be downloaded to" in said and ("cut short or is another file" in said) != damage.startswith("a conn")
+        assert not list((tmp_path / "hub" / "checkpoints").iterdir())
     source.write_bytes(content)
     assert json.loads(printed(["illama-tiny-in1k-75.0", "--data", photos, "--json"], capsys))["images"] == 11
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import train
 from conftest import ROOT, SMALL
@@ -39,6 +40,12 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
         gains = [one["test_miou"] - other["test_miou"] for one, other in zip(
             *(sorted(report.segmented("segment", step, True), key=lambda row: row["seed"]) for step in (rung, against)))]
         assert f" {report.plus_minus(gains)} points" in " ".join(PAGES["docs/downstream.md"].split())
+    costs = {what: torch.tensor([[row[what]["rows_miou"] for row in report.segmented("where", rung, True)]
+                                 for rung in ("rmsnorm", "ps_cls")]).mean(1) for what in ("image", "window")}
+    image, window = (bidirectional - causal for bidirectional, causal in costs.values())         # by row
+    assert (f"{image[:2].mean():.0f} points in the upper quarter of the image, none in the lower half; {window[:8].mean():.1f} in the "
+            "upper half of a window, none below") in " ".join(PAGES["docs/downstream.md"].split())
+    assert abs(image[4:].mean()) < 0.5 and window[8:].mean() < 0
     rates = {row["model"]: row["images_per_s"] for row in report.rows("bench_model/mask")
              if row["img_size"] == 1024 and row["training"]}
     assert f"at 4,097 tokens `causal` trains [{rates['causal'] / rates['bidirectional']:.1f} times as fast]" in text
@@ -82,7 +89,7 @@ def test_other_commands_have_flags_that_exist():
                           r"|downstream\.where|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
-            "bench_model", "bench_data", "bench_files", "soak")), "downstream.where", "downstream.segment"}
+            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "segment"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares

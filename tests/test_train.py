@@ -408,7 +408,7 @@ def test_fine_tuning_keeps_the_weights_resizes_positions_and_makes_a_new_head(ph
     tuned = run(tmp_path / "two", tmp_path / "run", *flags)["model"]
     init = torch.load(finished / "best.pt", weights_only=True)["model"]
     assert (f"init    weights of {finished / 'best.pt'}; learned positions resized from 4 to 16 patches; "
-            "new head: 3 classes before, 2 others now\n") in capsys.readouterr().out
+            "new head: 3 classes before, 2 now\n") in capsys.readouterr().out
     assert tuned["head.weight"].shape == (2, 128) and torch.equal(tuned["pos_embed"][:, -1], init["pos_embed"][:, -1])
     assert all(torch.equal(tuned[name], init[name]) for name in init if not name.startswith(("head", "pos")))
 
@@ -445,7 +445,7 @@ def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "run"), "--init-from", str(tmp_path / "imagenet.pth"),
                 *flags.split(), "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "5,508,675 parameters, 224 x 224 pixels" in said and "new head: 1000 classes before, 3 others now" in said
+    assert "5,508,675 parameters, 224 x 224 pixels" in said and "new head: 1000 classes before, 3 now" in said
     recipe = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["recipe"]
     assert (recipe["mixup"], recipe["cutmix"], recipe["augment"], recipe["erasing"]) == (0.8, 1, True, 0.25)
 
@@ -642,9 +642,10 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
     (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
-    (["--min-lr", "0.1"], "--min-lr 0.1 is above --lr 0.0007: lower it, too"),
+    (["--min-lr", "0.1"], "--min-lr 0.1 is above --lr 0.0007: lower --min-lr, too"),
     (["--warmup-epochs", "3"], "--epochs 2 would end before --warmup-epochs 3: lower that, too"),
     (["--soft-mask-epochs", "3"], "--epochs 2 would end before --soft-mask-epochs 3: lower that, too"),
+    (["--resume", ""], "argument --resume: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--init-from", ""], "argument --init-from: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--data", ""], "argument --data: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--freeze"], "--freeze needs weights to start from: give --init-from"),
