@@ -64,11 +64,11 @@ class Recipe:
                 raise ValueError(f"{flag(name)} is {value}; it must be a number from {least} on")
         if self.head not in HEADS:                       # of a checkpoint
             raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(HEADS)}")
-        if self.warmup > self.iterations:
-            raise ValueError(f"--iterations {self.iterations} would end before --warmup {self.warmup}: lower that, too")
         if self.iterations % self.eval_every:
             raise ValueError(f"--iterations {self.iterations} is not a multiple of --eval-every {self.eval_every}: "
                              "change one of them")
+        if self.warmup > self.iterations:
+            raise ValueError(f"--iterations {self.iterations} would end before --warmup {self.warmup}: lower that, too")
 
 
 RECIPES = {

@@ -411,6 +411,14 @@ def test_two_processes_do_not_train_one_run(photos, alone, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_folder_that_rank_0_cannot_use_ends_all_ranks(photos, tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    code, _, errors = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL)
+    assert code != 0 and errors.count("error: ") == 1
+    assert f"error: {tmp_path}/run/.lock: Is a directory: give another path" in errors
+
+
+@pytest.mark.slow
 def test_what_the_system_refuses_is_reported_in_one_line(photos, tmp_path, capsys, monkeypatch):
     flags = [*SMALL, "--data", str(photos), "--out", str(tmp_path / "run")]
     with socket.socket() as taken, monkeypatch.context() as patch:

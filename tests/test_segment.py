@@ -460,6 +460,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         (["--data", photos, "--device", "cpu"], "classes.txt is missing"),
         (["--data", "nowhere"], "neither scenes nor a folder"),
         ([*data, "--lr", "nan"], "--lr is nan"),
+        ([*data, *TINY, "--warmup", 5], "--iterations 4 would end before --warmup 5: lower that, too"),
         (["--resume", trained, "--lr", 1], "--resume goes on with the run as it was started"),
         (["--resume", finished], "lacks"),
         (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
@@ -472,6 +473,13 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         (["eval", trained, "--data", "scenes"], "but the model knows"),
     ]:
         assert said in refused(segment, flags, capsys), flags
+
+
+def test_weights_that_are_not_finite_have_no_miou(trained, tmp_path, capsys):
+    checkpoint = load(trained / "last.pt")
+    next(value for name, value in checkpoint["model"].items() if name.startswith("decode."))[:] = float("nan")
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert "the logits of an image are not finite" in refused(segment, ["eval", tmp_path / "last.pt", "--workers", 0], capsys)
 
 
 def test_the_classes_of_an_image_are_drawn_beside_it_with_a_legend(streets, trained, tmp_path, capsys):
