@@ -402,8 +402,7 @@ def main(argv=None):
             write(folder / "metrics.jsonl", b"".join(row + b"\n" for row in rows))
         save_run(improved)
 
-    say(ending(f"top-1 {state.best_acc1:.2f} %", folder, "python eval.py", run.data))
-    shut_down()
+    finish(f"top-1 {state.best_acc1:.2f} %", folder, "python eval.py", run.data)
 
 
 def introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
@@ -444,14 +443,16 @@ def announce(run, notes, folder, path, checkpoint, world, given, last, iteration
         say(f"run     {folder}{', nothing to resume' * ('resume' in given)}")
 
 
-def ending(best, folder, program, data):
-    """The last line: how good the best weights are, and how to evaluate them."""
+def finish(best, folder, program, data):
+    """Say how good the best weights are and how to evaluate them, and part from the folder and the other ranks."""
     file = folder / "best.pt"
     if file.exists():
         best = f"{best} in {file}"
     else:                                                # of a finished run's last.pt, copied without it
         best = file = folder / "last.pt"
-    return f"done    {best}; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}"
+    say(f"done    {best}; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}")
+    unlock(folder)
+    shut_down()
 
 
 PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
@@ -459,6 +460,7 @@ PREEMPTED = 75      # exit code of a run that was asked to stop: "try again", EX
 
 def end_early(state, folder):
     """End a run that was asked to stop and has saved itself."""
+    unlock(folder)
     say(f"preempted at iteration {state.iteration}; go on with --resume {shlex.quote(str(folder))}")
     if dist.is_initialized():
         dist.barrier()                                   # or torchrun would end rank 0 because another rank has ended
@@ -752,6 +754,11 @@ def lock(folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     lock.file = file
+
+
+def unlock(folder):
+    if is_rank_0():
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def write(path, content, previous=None):

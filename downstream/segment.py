@@ -32,7 +32,7 @@ from eval import (DEVICES, DTYPES, Parser, default_workers, local_rank_0_first, 
 from model import (CHECKPOINT, Config, config, load_state, load_weights, open_checkpoint, overrides, read_checkpoint,
                    validate, weights_of)
 from train import (CHOICES, Machine, Progress, announce, batch_line, check_health, check_ranks, check_training_data,
-                   device_line, end_early, ending, find_resume, flag, flags_of, load_optimizer, make_folder,
+                   device_line, end_early, find_resume, finish, flag, flags_of, load_optimizer, make_folder,
                    micro_batches, name_of, pick, plural, prepare, save, split_batch, sum_over_ranks, with_saved, wrap,
                    write)
 from train import parse_flags as parse_run_flags
@@ -310,8 +310,7 @@ def train(argv):
             write(folder / "metrics.jsonl", b"".join(row + b"\n" for row in rows))
         save_run(improved)
 
-    say(ending(f"mIoU {state.best_miou:.2f} %", folder, "python -m downstream.segment eval", run.data))
-    shut_down()
+    finish(f"mIoU {state.best_miou:.2f} %", folder, "python -m downstream.segment eval", run.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -404,8 +404,9 @@ def test_two_processes_do_not_train_one_run(photos, alone, tmp_path, capsys):
     assert f"run is being trained by process {other.pid} on {socket.gethostname()}: wait until that has ended; if it has, delete {tmp_path}/run/.lock" in said
     other.kill()                                                             # whoever dies does not keep it
     other.wait()
+    resume(*flags[1:2])
     for _ in range(2):
-        resume(*flags[1:2])
+        train.lock(tmp_path / "run")
     again = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True)
     assert again.returncode == 2 and f"being trained by process {os.getpid()}" in again.stderr   # this one still has it
 

@@ -166,7 +166,7 @@ def test_aligned_queries_and_keys_of_llama_attend_as_in_the_library(tmp_path):
 
 
 def test_a_run_starts_from_selected_weights_and_says_so(photos, larger, tmp_path, capsys):
-    flags = ["--data", str(photos), *SMALL, "--width", "128", "--heads", "2", "--lr", "0", "--epochs", "1"]
+    flags = ["--data", str(photos), *SMALL, "--width", "128", "--heads", "2", "--lr", "0", "--min-lr", "0", "--epochs", "1"]
     train.main([*flags, "--init-from", str(tmp_path / "larger.pt"), "--select", "aligned", "--out", str(tmp_path / "run")])
     assert "aligned selection of larger weights; fresh: head.weight, head.bias" in capsys.readouterr().out
     model = VisionTransformer(config(**SMALLER | dict(num_classes=3)))

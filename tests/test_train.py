@@ -305,8 +305,8 @@ def test_an_iteration_copies_its_images_and_labels_to_the_device_and_waits_for_i
     counts = []
     for epochs in (1, 2):
         with Transfers() as transfers:                                       # alpha changes at each of 6 iterations
-            run_without_checkpoint(photos, tmp_path / f"{epochs}", "--epochs", epochs, "--soft-mask-epochs", 2, "--mixup",
-                                   0.8, "--cutmix", 1, "--micro-batch", 4)
+            run_without_checkpoint(photos, tmp_path / f"{epochs}", "--epochs", epochs, "--soft-mask-epochs", epochs,
+                                   "--mixup", 0.8, "--cutmix", 1, "--micro-batch", 4)
         counts.append((Counter(transfers.uploads), transfers.waits))
     (first, few), (both, more) = counts                                      # the first epoch has the set-up, too
     assert both - first == {(4, 3, 16, 16): 6 + 2, (4,): 6 + 2, (3, 3, 16, 16): 1, (3,): 1}    # 8 = 2 x 4; 11 = 4 + 4 + 3
