@@ -211,10 +211,10 @@ def main(argv=None):
     parser = Parser(prog="python -m downstream.select", allow_abbrev=False,
                     description="Compare starts from a larger model's weights with random ones, over epochs.")
     parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
-    parser.add_argument("--larger", default="--size tiny --depth 6", help="flags of train.py for the larger model")
-    parser.add_argument("--smaller", default="--size nano --depth 4", help="flags of train.py for the smaller ones")
+    parser.add_argument("--larger", default="--size tiny --depth 4", help="flags of train.py for the larger model")
+    parser.add_argument("--smaller", default="--size nano --depth 3", help="flags of train.py for the smaller ones")
     parser.add_argument("--flags", default=FLAGS, help="flags of train.py for all")
-    parser.add_argument("--larger-epochs", type=int, default=5)
+    parser.add_argument("--larger-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3, help="of the smaller ones, from 0 on; the larger one has 0")
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")

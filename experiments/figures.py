@@ -23,7 +23,8 @@ from data import Shapes, eval_transform, labels_of, normalize, open_data
 from eval import Parser, report_errors
 from experiments.ladder import RUNGS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.report import READ, RUNS, climbed, read_by, rows, seeds_of, segmented
+from experiments.report import (LABELLED, READ, RUNS, STARTS, TRANSFERRED, climbed, read_by, rows, seeds_of,
+                                segmented, transferred)
 from model import STEPS, Config, VisionTransformer, build, open_checkpoint
 
 try:
@@ -419,6 +420,27 @@ def draw_where(look, args):
     return fig
 
 
+def draw_transfer(look, args):
+    """Accuracy against the number of labelled images, by where a model starts; a line per seed."""
+    fig = canvas(330)
+    forms = dict(zip(STARTS, (dict(color=look.text, linestyle="--"), dict(color=look.blue), dict(color=look.orange))))
+    for i, (step, title) in enumerate(TRANSFERRED.items()):
+        ax = place(fig, 60 + 390 * i, 34, 330, 210)
+        images = [250 * percent for percent in LABELLED]
+        for start, what in STARTS.items():
+            curves = list(zip(*(transferred(start, step, percent) for percent in LABELLED)))
+            for curve in curves:
+                ax.plot(images, curve, linewidth=0.8, alpha=0.5, **forms[start])
+            ax.plot(images, np.mean(curves, axis=0), marker="o", markersize=4, linewidth=1.8, **forms[start],
+                    label=None if i else what)
+        ax.set(xscale="log", xticks=images, xlabel="labelled images", ylabel="" if i else "top-1, %", ylim=(45, 85),
+               title=title.replace("`", ""))
+        ax.set_xticks([], minor=True)
+        ax.set_xticklabels(f"{count:,}" for count in images)
+    fig.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 0.005))
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From the trained models of experiments/ladder.py
 
@@ -523,7 +545,7 @@ def draw_attention(look, args):
 
 FIGURES = dict(masks=draw_masks, blocks=draw_blocks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
                properties=draw_properties, curves=draw_curves, anytime=draw_anytime, where=draw_where,
-               leak=draw_leak, attention=draw_attention)
+               transfer=draw_transfer, leak=draw_leak, attention=draw_attention)
 TRAINED = dict(leak=("soft_mask", "soft_log", "ps_cls"), attention=tuple(ATTENTION_ROWS))        # rungs that they need
 SMOOTH = ("shapes", "conflict")                             # their gradients need more than 256 colours
 

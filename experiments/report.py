@@ -3,7 +3,7 @@
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
 leak.jsonl those of figures.py; segment.jsonl has the last row of metrics.jsonl of each run of downstream/segment.py,
-where.jsonl rows of downstream/where.py. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
+where.jsonl rows of downstream/where.py, transfer.jsonl and select.jsonl those of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
 published.jsonl has the best epoch of each of the authors' logs whose weights are published; demo.jsonl the two runs of
 the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
 
@@ -271,6 +271,40 @@ def segment_table():
     return "\n".join(lines)
 
 
+STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
+TRANSFERRED = {"rmsnorm": "ViT (`rmsnorm`)", "soft_mask": "iLLaMA (`soft_mask`)"}
+LABELLED = (1, 5, 25, 100)      # % of 25,000 training images
+
+
+def transferred(start, step, percent):
+    """Top-1 of each seed's run of downstream.transfer."""
+    found = {row["seed"]: row["test_acc1"] for row in rows("transfer")
+             if (row["start"], row["step"], row.get("percent")) == (start, step, percent)}
+    return [found[seed] for seed in sorted(found)]
+
+
+def transfer_table():
+    lines = [f"| labelled images | {' | '.join(f'{250 * percent:,}' for percent in LABELLED)} |", "|---|" + "--:|" * len(LABELLED)]
+    for step, model_title in TRANSFERRED.items():
+        for start, what in STARTS.items():
+            cells = [f"{plus_minus(transferred(start, step, percent))} %" for percent in LABELLED]
+            lines.append(f"| {model_title}, {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def selected(start):
+    """Top-1 after each epoch, of each seed's run of downstream.select."""
+    return [row["acc1_by_epoch"] for row in rows("select") if row["start"] == start]
+
+
+def select_table():
+    epochs = range(1, 1 + len(selected("random")[0]))
+    lines = [f"| start | {' | '.join(f'epoch {epoch}' for epoch in epochs)} |", "|---|" + "--:|" * len(epochs)]
+    for start, what in (("random", "random weights"), ("uniform", "`--select uniform`"), ("aligned", "`--select aligned`")):
+        lines.append(f"| {what} | {' | '.join(f'{plus_minus(values)} %' for values in zip(*selected(start)))} |")
+    return "\n".join(lines)
+
+
 def macs_table():
     lines = ["| multiply-accumulates | as the authors count | as run | causal at best |", "|---|--:|--:|--:|"]
     for size in ("tiny", "small", "base", "large"):
@@ -439,6 +473,8 @@ def claims_table():
     ranks = both("rank_90", lambda seed: fmean(fmean(heads) for heads in seed))
     errors, full, small = both("ece", lambda ece: 100 * ece), both("test_acc1"), both("int8_acc1")
     miou = [fmean(row["test_miou"] for row in segmented("segment", step, True)) for step in SEGMENTED]
+    gains = [fmean(transferred("fine-tuning", step, percent)) - fmean(transferred("scratch", step, percent))
+             for percent in (1, 100) for step in TRANSFERRED]
     bias = [100 * fmean(seeds_of("shape-bias", "shape_bias", rung))
             for rung in ("rmsnorm", "ps_cls", "rope_alone", "rope")]
     claims = [
@@ -462,6 +498,9 @@ def claims_table():
         ("It transfers to segmentation", "no figure released",
          f"CamVid: mIoU {miou[0]:.1f} % with `rmsnorm`, {miou[1]:.1f} % with the causal mask, {miou[2]:.1f} % in iLLaMA",
          "**reproduced**; the mask alone costs"),
+        ("It transfers to other classes", "no figure released",
+         f"pretraining on other classes gains {gains[0]:.1f} points in ViT and {gains[1]:.1f} in iLLaMA with 250 labelled images, "
+         f"{gains[2]:.1f} and {gains[3]:.1f} with 25,000", "**reproduced**, for both"),
     ]
     return "\n".join(["| claim | published | measured here | verdict |", "|---|---|---|---|",
                       *(f"| {' | '.join(claim)} |" for claim in claims)])
@@ -472,7 +511,7 @@ PARTS = dict(
     collapse=collapse_table, rank=rank_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     macs=macs_table, runs=runs_table, published=published_table, speed=speed_table, memory=memory_table,
     growth=growth_table, anytime=anytime_table, reading=reading_table, soak=soak_table, files=files_table,
-    segment=segment_table)
+    segment=segment_table, transfer=transfer_table)
 PAGES = ("README.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md")
 
 

@@ -34,17 +34,29 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
     for row in report.rows("demo"):
         assert f"--step {row['step']} --size nano --depth 2 --epochs 1   # top-1 {row['test_acc1']:.2f} %" in PAGES["README.md"]
     first, *_, before_last, _, _ = next(row["leak"] for row in report.rows("leak") if row["step"] == "soft_mask")
-    text = " ".join(PAGES["README.md"].split())
+    text, downstream = (" ".join(PAGES[page].split()) for page in ("README.md", "docs/downstream.md"))
     assert f"by {first:.2f} % to {before_last:.1f} %" in text
     for rung, against in (("rmsnorm", "ps_cls"), ("soft_mask", "ps_cls")):
         gains = [one["test_miou"] - other["test_miou"] for one, other in zip(
             *(sorted(report.segmented("segment", step, True), key=lambda row: row["seed"]) for step in (rung, against)))]
-        assert f" {report.plus_minus(gains)} points" in " ".join(PAGES["docs/downstream.md"].split())
+        assert f" {report.plus_minus(gains)} points" in downstream
+    transfer = {(start, step, percent): torch.tensor(report.transferred(start, step, percent))
+                for start in report.STARTS for step in report.TRANSFERRED for percent in report.LABELLED}
+    for percent in (1, 100):
+        gains = [report.plus_minus((transfer["fine-tuning", step, percent] - transfer["scratch", step, percent]).tolist())
+                 for step in report.TRANSFERRED]
+        assert re.search(rf"{gains[0]}( points in ViT)? and {gains[1]}( in iLLaMA)? with {250 * percent:,}", downstream)
+    ahead = [(transfer[start, "soft_mask", percent] - transfer[start, "rmsnorm", percent]).mean().item()
+             for start, step, percent in transfer if step == "rmsnorm"]
+    assert f"from every start, by {min(ahead):.1f} to {max(ahead):.1f} points" in downstream
+    for step in report.TRANSFERRED:
+        behind = [(transfer["fine-tuning", step, percent] - transfer["probe", step, percent]).mean() for percent in report.LABELLED]
+        assert behind[0] < 0 and min(behind[1:]) > 6
     costs = {what: torch.tensor([[row[what]["rows_miou"] for row in report.segmented("where", rung, True)]
                                  for rung in ("rmsnorm", "ps_cls")]).mean(1) for what in ("image", "window")}
     image, window = (bidirectional - causal for bidirectional, causal in costs.values())         # by row
     assert (f"{image[:2].mean():.0f} points in the upper quarter of the image, none in the lower half; {window[:8].mean():.1f} in the "
-            "upper half of a window, none below") in " ".join(PAGES["docs/downstream.md"].split())
+            "upper half of a window, none below") in downstream
     assert abs(image[4:].mean()) < 0.5 and window[8:].mean() < 0
     rates = {row["model"]: row["images_per_s"] for row in report.rows("bench_model/mask")
              if row["img_size"] == 1024 and row["training"]}
@@ -86,10 +98,10 @@ def test_segmentation_commands_have_flags_that_exist(command):
 
 def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+"
-                          r"|downstream\.where|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
+                          r"|downstream\.where|downstream\.select|downstream\.transfer|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
-            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "segment"))}
+            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "transfer", "segment"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares
