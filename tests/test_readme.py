@@ -52,6 +52,11 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
     for step in report.TRANSFERRED:
         behind = [(transfer["fine-tuning", step, percent] - transfer["probe", step, percent]).mean() for percent in report.LABELLED]
         assert behind[0] < 0 and min(behind[1:]) > 6
+    starts = {start: torch.tensor(report.selected(start)) for start in ("random", "uniform", "aligned")}
+    gains = [report.plus_minus((starts[start] - starts["random"])[:, epoch].tolist()) for start in ("uniform", "aligned")
+             for epoch in (0, -1)]
+    assert "by {} points after the first epoch and by {} after the third, `aligned` by {} and {}:".format(*gains) in downstream
+    assert f"The larger model has {report.rows('select')[0]['test_acc1']:.1f} %" in downstream
     costs = {what: torch.tensor([[row[what]["rows_miou"] for row in report.segmented("where", rung, True)]
                                  for rung in ("rmsnorm", "ps_cls")]).mean(1) for what in ("image", "window")}
     image, window = (bidirectional - causal for bidirectional, causal in costs.values())         # by row
@@ -101,7 +106,7 @@ def test_other_commands_have_flags_that_exist():
                           r"|downstream\.where|downstream\.select|downstream\.transfer|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
-            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "transfer", "segment"))}
+            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "select", "transfer", "segment"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares

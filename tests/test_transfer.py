@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+import data
 from conftest import SMALL, load, refused
 from data import open_data
 from downstream import transfer
@@ -66,7 +67,8 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
         assert after["classes"] == ["cat", "dog"] and after["alpha"] == 0
 
 
-def test_bad_input_is_refused(photos, capsys):
+def test_bad_input_is_refused(photos, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))               # parts are added to it
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
     assert "must be at least 1" in refused(transfer, ["--seeds", 0], capsys)
     assert "--data shapes is not supported" in refused(transfer, ["--data", "shapes"], capsys)
