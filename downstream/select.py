@@ -225,7 +225,8 @@ def main(argv=None):
     open_data(args.data, "train", 32)                                # downloaded here, once, if at all
     stop_on_signals()
     larger, smaller = runs(args)
-    sys.exit(0 if train_all(larger, args.out, 1) and train_all(smaller, args.out, args.jobs) else 1)
+    done = train_all(larger, args.out, 1, curve=True) and train_all(smaller, args.out, args.jobs, curve=True)
+    sys.exit(0 if done else 1)
 
 
 if __name__ == "__main__":

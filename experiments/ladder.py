@@ -82,9 +82,9 @@ def train(folder, command, jobs):
     return process.returncode
 
 
-def train_all(runs, out, jobs):
+def train_all(runs, out, jobs, curve=False):
     """Runs {name: (command, fields that tell its row from others)}, so many at a time, but those that have their row in
-    rows.jsonl already. Returns whether all are finished."""
+    rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
     table = out / "rows.jsonl"
     done = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     left = [name for name, (_, fields) in runs.items() if not any(row.items() >= fields.items() for row in done)]
@@ -95,7 +95,9 @@ def train_all(runs, out, jobs):
             name = futures[future]
             if future.result() == 0:
                 epochs = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-                row = epochs[-1] | runs[name][1] | dict(acc1_by_epoch=[epoch["test_acc1"] for epoch in epochs])
+                row = epochs[-1] | runs[name][1]
+                if curve:
+                    row["acc1_by_epoch"] = [epoch["test_acc1"] for epoch in epochs]
                 with open(table, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{name}: {row['test_acc1']:.2f} %", flush=True)
