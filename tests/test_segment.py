@@ -440,7 +440,7 @@ def test_it_starts_from_a_classifiers_weights_which_say_what_the_model_is(photos
     train.main(["--data", str(photos), "--out", str(tmp_path / "a"), *SMALL, "--epochs", "1", "--step", "rope", "--abs-pos"])
     source = load(tmp_path / "a" / "best.pt")["model"]
     segment.main([*map(str, ("--data", streets, "--out", tmp_path / "b", "--init-from", tmp_path / "a", "--img-size", 32)),
-                  *"--short-side 32 --batch-size 4 --iterations 1 --eval-every 1 --lr 0 --workers 0 --device cpu".split()])
+                  *"--short-side 32 --batch-size 4 --iterations 1 --eval-every 1 --warmup 0 --lr 0 --workers 0 --device cpu".split()])
     assert "learned positions resized from 4 to 16 patches" in capsys.readouterr().out
     checkpoint = load(tmp_path / "b" / "last.pt")
     assert checkpoint["run"]["step"] == "rope" and checkpoint["config"]["depth"] == 2 and checkpoint["recipe"]["patch_size"] == 8
