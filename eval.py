@@ -173,8 +173,8 @@ def main(argv=None):
             r = result = result | describe(model, checkpoint, dtype)
             mask = f"mask {r['mask']}" + ("" if r["alpha"] is None else f" alpha {r['alpha']:g}")
             lines = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
-                    f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
-                    f"{r['time_images_per_s']:,.0f} images/s")
+                     f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
+                     f"{r['time_images_per_s']:,.0f} images/s")
         if rank == 0:
             print(json.dumps(result) if args.json else lines)
         shut_down()

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from data import open_data, shorten
-from eval import Parser, default_workers, report_errors, stop_on_signals
-from experiments.ladder import ROOT, train_all
+from eval import Parser, report_errors, stop_on_signals
+from experiments.ladder import ROOT, add_flags, train_all
 from model import Config, load_state, open_checkpoint, other_classes, resize_positions, weights_of
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -210,15 +210,12 @@ def runs(args):
 def main(argv=None):
     parser = Parser(prog="python -m downstream.select", allow_abbrev=False,
                     description="Compare starts from a larger model's weights with random ones, over epochs.")
-    parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
+    add_flags(parser, "of the smaller ones, from 0 on; the larger one has 0", Path("out", "select"))
     parser.add_argument("--larger", default="--size tiny --depth 4", help="flags of train.py for the larger model")
     parser.add_argument("--smaller", default="--size nano --depth 3", help="flags of train.py for the smaller ones")
     parser.add_argument("--flags", default=FLAGS, help="flags of train.py for all")
     parser.add_argument("--larger-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3, help="of the smaller ones, from 0 on; the larger one has 0")
-    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, default=Path("out", "select"), help="folder of the runs and their rows")
     args = parser.parse_args(argv)
     if min(args.seeds, args.epochs, args.larger_epochs, args.jobs) < 1:
         raise ValueError("--seeds, --epochs, --larger-epochs and --jobs must be at least 1")

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 import data
 import train
-from eval import Parser, default_workers, report_errors, stop_on_signals
-from experiments.ladder import train_all
+from eval import Parser, report_errors, stop_on_signals
+from experiments.ladder import add_flags, train_all
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3 --workers 0 --device cpu"
 RUNGS = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}         # ViT and iLLaMA; flags that keep alpha at 0
@@ -95,12 +95,9 @@ def main(argv=None):
     if argv[:1] == ["train"]:
         return train_on_part(argv[1:])
     parser = Parser(prog="python -m downstream.transfer", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default="cifar10", help="cifar10, cifar100, or a folder as train.py takes it")
-    parser.add_argument("--seeds", type=int, default=3, help="with seeds from 0 on")
+    add_flags(parser, out=Path("out", "transfer"))
     parser.add_argument("--pretrain-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3, help="each with as many images as half of the classes have")
-    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, default=Path("out", "transfer"), help="folder of the runs and their rows")
     args = parser.parse_args(argv)
     if min(args.seeds, args.epochs, args.pretrain_epochs, args.jobs) < 1:
         raise ValueError("--seeds, --epochs, --pretrain-epochs and --jobs must be at least 1")

@@ -23,8 +23,8 @@ from data import Shapes, eval_transform, labels_of, normalize, open_data
 from eval import Parser, report_errors
 from experiments.ladder import RUNGS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.report import (LABELLED, READ, RUNS, STARTS, TRANSFERRED, climbed, read_by, rows, seeds_of,
-                                segmented, transferred)
+from experiments.report import (PERCENT, READ, RUNS, STARTS, TRANSFERRED, climbed, read_by, rows, seeds_of, segmented,
+                                transferred)
 from model import STEPS, Config, VisionTransformer, build, open_checkpoint
 
 try:
@@ -426,9 +426,9 @@ def draw_transfer(look, args):
     forms = dict(zip(STARTS, (dict(color=look.text, linestyle="--"), dict(color=look.blue), dict(color=look.orange))))
     for i, (step, title) in enumerate(TRANSFERRED.items()):
         ax = place(fig, 60 + 390 * i, 34, 330, 210)
-        images = [250 * percent for percent in LABELLED]
+        images = [250 * percent for percent in PERCENT]
         for start, what in STARTS.items():
-            curves = list(zip(*(transferred(start, step, percent) for percent in LABELLED)))
+            curves = list(zip(*(transferred(start, step, percent) for percent in PERCENT)))
             for curve in curves:
                 ax.plot(images, curve, linewidth=0.8, alpha=0.5, **forms[start])
             ax.plot(images, np.mean(curves, axis=0), marker="o", markersize=4, linewidth=1.8, **forms[start],

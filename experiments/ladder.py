@@ -107,14 +107,20 @@ def train_all(runs, out, jobs, curve=False):
     return not stop
 
 
+def add_flags(parser, seeds="with seeds from 0 on", out=None):
+    """The flags of programs that make many runs."""
+    parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
+    parser.add_argument("--seeds", type=int, default=3, help=seeds)
+    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their rows"
+                        + ("" if out else "; default: out/ladder-EPOCHS"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
+    add_flags(parser, "runs of each rung, with seeds from 0 on")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, with seeds from 0 on")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, help="folder of the runs and their rows; default: out/ladder-EPOCHS")
     args = parser.parse_args()
     args.out = args.out or Path("out", f"ladder-{args.epochs}")
     with report_errors():

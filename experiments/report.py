@@ -3,9 +3,10 @@
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
 leak.jsonl those of figures.py; segment.jsonl has the last row of metrics.jsonl of each run of downstream/segment.py,
-where.jsonl rows of downstream/where.py, transfer.jsonl and select.jsonl those of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as train.py left it;
-published.jsonl has the best epoch of each of the authors' logs whose weights are published; demo.jsonl the two runs of
-the README's quick start; bench_* and soak-* rows of the programs in benchmarks/.
+where.jsonl, transfer.jsonl and select.jsonl rows of the programs of these names there. Other NAME.jsonl are the
+metrics.jsonl of the run NAME as train.py left it; published.jsonl has the best epoch of each of the authors' logs whose
+weights are published; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in
+benchmarks/.
 
 A table stands between the marks <!-- NAME --> and <!-- end -->; PARTS says what makes it. Links to lines of code are
 made here, too.
@@ -20,6 +21,8 @@ from statistics import NormalDist, fmean, stdev
 import torch
 
 import model
+from downstream.transfer import PERCENT
+from downstream.transfer import RUNGS as TRANSFER_RUNGS
 from experiments.ladder import RUNGS, flags_of, title_of
 from experiments.properties import multiply_accumulates, singular_values_for
 from model import STEPS, VisionTransformer, config
@@ -272,8 +275,7 @@ def segment_table():
 
 
 STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
-TRANSFERRED = {"rmsnorm": "ViT (`rmsnorm`)", "soft_mask": "iLLaMA (`soft_mask`)"}
-LABELLED = (1, 5, 25, 100)      # % of 25,000 training images
+TRANSFERRED = {step: SEGMENTED[step] for step in TRANSFER_RUNGS}
 
 
 def transferred(start, step, percent):
@@ -284,17 +286,18 @@ def transferred(start, step, percent):
 
 
 def transfer_table():
-    lines = [f"| labelled images | {' | '.join(f'{250 * percent:,}' for percent in LABELLED)} |", "|---|" + "--:|" * len(LABELLED)]
+    images = [f"{250 * percent:,}" for percent in PERCENT]                                     # of 25,000
+    lines = [f"| labelled images | {' | '.join(images)} |", "|---|" + "--:|" * len(images)]
     for step, model_title in TRANSFERRED.items():
         for start, what in STARTS.items():
-            cells = [f"{plus_minus(transferred(start, step, percent))} %" for percent in LABELLED]
+            cells = [f"{plus_minus(transferred(start, step, percent))} %" for percent in PERCENT]
             lines.append(f"| {model_title}, {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def selected(start):
     """Top-1 after each epoch, of each seed's run of downstream.select."""
-    return [row["acc1_by_epoch"] for row in rows("select") if row["start"] == start]
+    return [row["acc1_by_epoch"] for row in sorted(rows("select"), key=lambda row: row["seed"]) if row["start"] == start]
 
 
 def select_table():

@@ -41,7 +41,7 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
             *(sorted(report.segmented("segment", step, True), key=lambda row: row["seed"]) for step in (rung, against)))]
         assert f" {report.plus_minus(gains)} points" in downstream
     transfer = {(start, step, percent): torch.tensor(report.transferred(start, step, percent))
-                for start in report.STARTS for step in report.TRANSFERRED for percent in report.LABELLED}
+                for start in report.STARTS for step in report.TRANSFERRED for percent in report.PERCENT}
     for percent in (1, 100):
         gains = [report.plus_minus((transfer["fine-tuning", step, percent] - transfer["scratch", step, percent]).tolist())
                  for step in report.TRANSFERRED]
@@ -50,7 +50,7 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
              for start, step, percent in transfer if step == "rmsnorm"]
     assert f"from every start, by {min(ahead):.1f} to {max(ahead):.1f} points" in downstream
     for step in report.TRANSFERRED:
-        behind = [(transfer["fine-tuning", step, percent] - transfer["probe", step, percent]).mean() for percent in report.LABELLED]
+        behind = [(transfer["fine-tuning", step, percent] - transfer["probe", step, percent]).mean() for percent in report.PERCENT]
         assert behind[0] < 0 and min(behind[1:]) > 6
     starts = {start: torch.tensor(report.selected(start)) for start in ("random", "uniform", "aligned")}
     gains = [report.plus_minus((starts[start] - starts["random"])[:, epoch].tolist()) for start in ("uniform", "aligned")
@@ -109,7 +109,9 @@ def test_other_commands_have_flags_that_exist():
             "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "select", "transfer", "segment"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
-        source += (ROOT / "eval.py").read_text() if "properties" in file else ""     # whose flags it shares
+        shares = {"experiments.properties": "eval.py", "downstream.select": "experiments/ladder.py",
+                  "downstream.transfer": "experiments/ladder.py"}                    # the flags of another program
+        source += (ROOT / shares[file]).read_text() if file in shares else ""
         for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags) if "soak" not in file else ():        # which train.py takes
             assert f'"{flag}"' in source, f"{file} {flag}"
 
