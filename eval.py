@@ -199,7 +199,7 @@ def nonempty(value):
 
 
 REFUSALS = {  # what the system refuses, by words in an error
-    r"DataLoader worker \(pid|ancdata|open files":
+    r"DataLoader worker \(pid|ancdata|open files|shared memory":
         "a data-loading worker was ended by the system, which may be short of memory, shared memory (/dev/shm) or open "
         "files: use fewer --workers",
     "EADDRINUSE|address already in use":
