@@ -557,6 +557,12 @@ def load_weights(model, source, new_head=False, classes=None):
     if pos is not None and own_pos is not None and pos.shape[1] != own_pos.shape[1]:
         state["pos_embed"] = resize_positions(pos, own_pos.shape[1], model.cfg.cls_last)
         notes.append(f"learned positions resized from {pos.shape[1] - 1} to {own_pos.shape[1] - 1} patches")
+    before = source.get("config", {})
+    validate(before, dict, "config")
+    for name in ("heads", "mask", "cls_last", "rope"):               # no weight's shape tells these
+        now = getattr(model.cfg, name)
+        if before.get(name, now) != now:
+            notes.append(f"{name} {before[name]} before, {now} now")
     if new_head and "head.weight" in state and (state["head.weight"].shape != own["head.weight"].shape
                                                 or other_classes(source, classes)):
         others = " others" * (len(state["head.weight"]) == len(own["head.weight"]))

@@ -1,6 +1,7 @@
 """What is true of the architecture: one property a test. `python -m pytest test_model.py`"""
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -409,6 +410,14 @@ def test_a_new_head_is_made_only_when_asked_for():
     fresh = other.head.weight.clone()
     assert load_weights(other, model.state_dict(), new_head=True) == ["new head: 10 classes before, 3 now"]
     assert torch.equal(other.head.weight, fresh) and torch.equal(other.norm.weight, model.norm.weight)
+
+
+def test_another_mask_than_that_of_the_weights_is_noted():
+    model = build("rope")
+    checkpoint = dict(model=model.state_dict(), config=asdict(model.cfg))
+    assert load_weights(VisionTransformer(model.cfg), checkpoint) == []
+    other = VisionTransformer(replace(model.cfg, mask="none", rope=False))
+    assert load_weights(other, checkpoint) == ["mask causal before, none now", "rope True before, False now"]
 
 
 def test_names_from_ddp_and_compile_are_understood():

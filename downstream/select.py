@@ -1,7 +1,7 @@
 """Weight selection [1]: a model starts from some of the weights of a larger one.
 
     python train.py --size nano --data cifar10 --init-from out/tiny --select uniform          # one of this repository
-    python train.py --size tiny --data IMAGENET --init-from Llama-2-7b-hf --select aligned    # LLaMA 2, as a folder
+    python train.py --size tiny --data IMAGENET --recipe tiny --init-from Llama-2-7b-hf --select aligned    # LLaMA 2
     python -m downstream.select --data cifar10        # is it worth it? stopped and started again, it goes on
 
 Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`

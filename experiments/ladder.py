@@ -1,4 +1,4 @@
-"""The ladder on CIFAR-10: every rung and the side branches with several seeds, each a plain run of train.py.
+"""The ladder on CIFAR-10: every rung and its variants with several seeds, each a plain run of train.py.
 
     python -m experiments.ladder               # stopped and started again, it goes on
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
@@ -44,7 +44,7 @@ RUNGS = {
     "rope": Rung("RoPE instead of learned positions", "ps_cls", 72.6),
     "abs_pos": Rung("learned positions as well", "rope", 73.2),
     "soft_mask": Rung("soft mask: **iLLaMA**", "abs_pos", 75.0),
-    # Side branches
+    # Variants
     "modified": Rung("class token first, and it alone attends to all", "rmsnorm",
                      flags="--step rmsnorm --mask modified"),
     "rope_alone": Rung("RoPE instead of learned positions, no causal mask", "rmsnorm",

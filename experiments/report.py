@@ -153,7 +153,7 @@ def change(rung, changes, beyond):
 
 
 def results_table():
-    """The rungs, their side branches, and what the differences mean."""
+    """The rungs, their variants, and what the differences mean."""
     found, changes, beyond, words = comparisons()
     lines = ["| `--step` | what it changes | CIFAR-10 top-1, here | difference | ImageNet top-1, published ¹ |",
              "|---|---|--:|--:|--:|"]
@@ -162,7 +162,7 @@ def results_table():
         theirs = "" if row.published is None else f"{row.published}{' ²' if rung == 'soft_mask' else ''}"
         lines.append(f"| `{rung}` | {row.what} | {plus_minus(found[rung])} | {change(rung, changes, beyond)}"
                      f"{' ³' if row.against != above else ''} | {theirs} |")
-    lines += ["", "| side branch | what it changes | CIFAR-10 top-1, here | against | difference |",
+    lines += ["", "| variant | what it changes | CIFAR-10 top-1, here | against | difference |",
               "|---|---|--:|---|--:|"]
     for rung in [rung for rung in RUNGS if rung not in STEPS]:
         row = RUNGS[rung]
@@ -397,13 +397,13 @@ def growth_table():
         batch = row["batch_size"]
         if row["ranks"] > 1:
             batch = f"{row['ranks']} x {batch} on 2 ranks, a core each"
-        lines.append(f"| 197 tokens, batch {batch} | {row['images_per_s']:.1f} | | "
+        lines.append(f"| 197 tokens, batch {batch} ¹ | {row['images_per_s']:.1f} | | "
                      f"| {row['saved_mb'] / row['batch_size']:.0f} MB | | |")
     return "\n".join(lines)
 
 
 def files_table():
-    lines = ["A data-loading worker shares the main process's memory until one of them writes to it. Memory of its own, in MB,",
+    lines = ["A data-loading worker shares the main process's memory until one of them writes to it. Its private memory, in MB,",
              "while it reads a folder of a million images:", "",
              "| file list | start-up | at the first batch | after 140 s |", "|---|--:|--:|--:|"]
     for name, what in (("torchvision", "torchvision's ImageFolder: a list of tuples"), ("ours", "here: arrays")):
@@ -414,8 +414,8 @@ def files_table():
 
 
 def soak_table():
-    lines = ["Two ranks with four data-loading workers each, and as many for evaluation, over 20 minutes: memory that a process",
-             "shares with none, in MB, and its open files.", "",
+    lines = ["Two ranks with four data-loading workers each, and as many for evaluation, over 20 minutes: private memory of a",
+             "process, in MB, and its open files.", "",
              "| data | process | minute 2 | minute 10 | minute 20 | open files |", "|---|---|--:|--:|--:|--:|"]
     for data in ("shapes", "photos"):
         looks = rows(f"soak-{data}")
@@ -457,7 +457,7 @@ def last_of(name):
 def proved():
     (shapes, minutes), (cifar, more) = last_of("shapes-tiny"), last_of("cifar10-nano")
     return f"""Equality with the published code is tested: logits within 1e-4 on every rung of size T and for iLLaMA-S, parameter counts
-to the digit for all sizes, learning rates and soft masks of the ten published logs, a sample of each, to 1e-9. On two CPU cores iLLaMA-T
+to the digit for all sizes, learning rates and alphas, sampled from each of the ten published logs, to 1e-9. On two CPU cores iLLaMA-T
 reaches {shapes:.1f} % on the built-in shapes after {minutes:.0f} minutes, and a smaller model {cifar:.1f} % on CIFAR-10 after {more:.0f}. The
 published models reach 75.0 % (5.7M parameters) to 86.0 % (310M) on ImageNet: that takes GPUs and was not run here."""
 
@@ -501,14 +501,14 @@ def claims_table():
         ("It is compatible with 8-bit quantization", "no figure released",
          f"{small[0] - full[0]:+.1f} and {small[1] - full[1]:+.1f} points after training", "**reproduced**, for both"),
         ("It transfers to segmentation", "no figure released",
-         f"CamVid: mIoU {miou[0]:.1f} % with `rmsnorm`, {miou[1]:.1f} % with the causal mask, {miou[2]:.1f} % in iLLaMA",
+         f"CamVid, from CIFAR-10 weights: mIoU {miou[0]:.1f} % with `rmsnorm`, {miou[1]:.1f} % with the causal mask, {miou[2]:.1f} % in iLLaMA",
          "**reproduced**; the mask alone costs"),
         ("It transfers to other classes", "no figure released",
          f"pretraining on other classes gains {gains[0]:.1f} points in ViT and {gains[1]:.1f} in iLLaMA with 250 labelled images, "
          f"{gains[2]:.1f} and {gains[3]:.1f} with 25,000", "**reproduced**, for both"),
         ("It can start from a larger model's weights", "no figure released",
-         f"selected as published {ahead[0]:+.1f} points after an epoch, {ahead[2]:+.1f} at the end; by whole heads "
-         f"{ahead[1]:+.1f} and {ahead[3]:+.1f}", "observed, by either rule"),
+         f"{ahead[0]:+.1f} points over random weights after an epoch, {ahead[2]:+.1f} after three; by whole heads "
+         f"{ahead[1]:+.1f} and {ahead[3]:+.1f}", "**reproduced**, by either rule"),
     ]
     return "\n".join(["| claim | published | measured here | verdict |", "|---|---|---|---|",
                       *(f"| {' | '.join(claim)} |" for claim in claims)])
