@@ -30,7 +30,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 Image.init()
-FORMATS = [name for name in Image.OPEN if name != "EPS"]   # whatever a file's name says; EPS would start Ghostscript
+FORMATS = [name for name in Image.OPEN if name != "EPS"]   # told by content, not by name; EPS would start Ghostscript
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]   # see eval.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
 
@@ -52,8 +52,8 @@ DOWNLOADS = Path("datasets")                               # where they are kept
 def open_data(data, split, img_size, classes=None):
     """A split, "train" or "val", of a built-in data set or of a folder PATH/SPLIT/CLASS/IMAGE.
 
-    Labels are places in `classes`, by default the names of this data set's own classes. ValueError in one sentence if
-    there is nothing to open, or a class that is not among them.
+    Labels are indices into `classes`, by default the names of this data set's own classes. ValueError in one sentence
+    if there is nothing to open, or a class that is not among them.
     """
     if data not in DATASETS:
         return open_folder(Path(data), split, classes)
@@ -114,8 +114,8 @@ class ImageFolder(Dataset):
     def __init__(self, folder, found, classes):
         paths, labels, seen, self.classes = [], [], set(), list(classes)
         for name in found:
-            for place, files in sorted(walk(folder / name, seen)):
-                paths += [os.fsencode(os.path.join(place, file)) for file in files]
+            for subfolder, files in sorted(walk(folder / name, seen)):
+                paths += [os.fsencode(os.path.join(subfolder, file)) for file in files]
             labels += [self.classes.index(name)] * (len(paths) - len(labels))
         empty = set(found) - {self.classes[label] for label in set(labels)}
         if empty:
@@ -138,13 +138,13 @@ def walk(top, seen):
 
     ValueError if a folder is one of `seen`: a link that leads back would be followed for ever, or double the data.
     """
-    for place, folders, files in os.walk(top, followlinks=True):
-        real = os.path.realpath(place)
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
         if real in seen:
-            raise ValueError(f"{place} links to a folder that is already among the data, {real}: remove the link")
+            raise ValueError(f"{folder} links to a folder that is already among the data, {real}: remove the link")
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield place, sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
+        yield folder, sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
 
 
 def read_image(path):
@@ -178,8 +178,8 @@ def printable(text):
 
 
 def fit(image, size, crop=None):
-    """Resize the shorter side to `size` and cut out the middle square, `crop` or as large; a square of that size stays
-    as it is. Of an image longer than 16:1 the ends go first: resized, they could take gigabytes.
+    """Resize the shorter side to `size` and cut out the central square of side `crop`, by default `size`; an image of
+    that size stays as it is. One longer than 16:1 is cropped to that first: resized, it could take gigabytes.
     """
     if image.size == (size, size) and not crop:
         return image
@@ -190,7 +190,8 @@ def fit(image, size, crop=None):
 
 
 def eval_transform(image, rng, size):
-    """The published evaluation: up to 32 pixels the whole square, below 384 its middle 7/8, from 384 on all, warped."""
+    """The published evaluation: up to 32 pixels the central square, below 384 its central 7/8; from 384 on the whole
+    image, squeezed to a square."""
     if size <= 32:
         return fit(image, size)
     if size >= 384:
@@ -234,7 +235,7 @@ def resized_crop(image, rng, size):
     middle = (W - w) // 2, (H - h) // 2, w, h
     left, top, w, h = random_box(rng, W, H, areas=(0.08, 1), ratios=(3 / 4, 4 / 3)) or middle
     crop = TF.pil_to_tensor(image.crop((left, top, left + w, top + h)))
-    # Three times as fast as PIL's own resize. Over 1,000 photos 0.3 % of the values differ, by at most two levels; from
+    # Three times as fast as PIL's own resize. Over 1,000 images 0.3 % of the values differ, by at most two levels; from
     # Pillow 13, which takes the vertical pass first for some tall crops, 2.6 %, by at most 22, without a shift (2e-7).
     return TF.to_pil_image(TF.resize(crop, [size, size], InterpolationMode.BICUBIC))
 
@@ -249,6 +250,7 @@ def enhanced(enhancer):
 
 
 FILL = tuple(round(255 * mean) for mean in MEAN)
+# Posterize keeps 4 - int(4 * level) bits, as ImageOps.posterize does; but they may be 0, which Pillow 13 refuses.
 OPERATIONS = {  # RandAugment's, as functions of an image, a level from 0 to 1 and a sign: timm 0.5.4's "increasing" set
     "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "Equalize": lambda image, level, sign: ImageOps.equalize(image),
@@ -295,7 +297,7 @@ def erase(images, rng, probability):
     noise = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
     H, W = images.shape[2:]
     for image in images:
-        if rng.random() < probability:
+        if rng.random() < probability:                         # a box's ratio is h / w here, its sides change places
             box = random_box(rng, H, W, areas=(0.02, 1 / 3), ratios=(0.3, 1 / 0.3), margin=1)
             if box:
                 top, left, h, w = box
@@ -345,6 +347,7 @@ class Images(Dataset):
         return TF.pil_to_tensor(image), label, fault
 
     def read(self, index):
+        """(image, label, fault) at an index, or of the next readable image among 99 that follow; black if none is."""
         fault = ""
         for other in range(index, index + 100):
             try:
@@ -354,26 +357,26 @@ class Images(Dataset):
         return Image.new("RGB", (1, 1)), 0, fault
 
 
-def train_batches(images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
+def train_batches(n_images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
     """This rank's micro-batches, lists of (epoch, index), of a run of so many epochs, from iteration `start` on.
 
     Iteration k of an epoch takes the k-th global batch of a shuffled order, whatever the ranks and the micro-batches
     that share it; what is left of the last global batch is dropped.
     """
-    per_epoch = images // batch_size                                             # iterations
+    per_epoch = n_images // batch_size                                           # iterations
     first, done = divmod(start, per_epoch)
     for epoch in range(first, epochs):
         shuffle = torch.Generator().manual_seed(seed_of("order", seed, epoch))
-        order = torch.randperm(images, generator=shuffle)[: per_epoch * batch_size]
+        order = torch.randperm(n_images, generator=shuffle)[: per_epoch * batch_size]
         order = order.view(-1, world, batch_size // accumulate // world)
         for batch in order[done * accumulate:, rank].tolist():
             yield [(epoch, index) for index in batch]
         done = 0
 
 
-def eval_batches(images, batch_size, rank=0, world=1):
+def eval_batches(n_images, batch_size, rank=0, world=1):
     """This rank's part of all images, in batches, the last one short: every image once, whatever the ranks."""
-    keys = [(0, index) for index in range(rank, images, world)]
+    keys = [(0, index) for index in range(rank, n_images, world)]
     return [keys[start: start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
@@ -395,9 +398,9 @@ def labels_of(source):
 
 
 def start_worker(_):
-    """A worker that a signal to all processes of a run ended would end the run before it could save itself. And garbage
-    collection, visiting the objects of all modules, would copy their memory to each worker, 80 MB of it."""
-    signal.set_wakeup_fd(-1)                               # a forked worker would tell its parent's, see eval.py
+    """Ignore the signals that stop a run: they reach workers too, and a worker's death would end the run before it is
+    saved. Freeze the garbage collector: its marks would copy the shared memory of all modules, 80 MB per worker."""
+    signal.set_wakeup_fd(-1)     # inherited by fork: the worker's signals would reach the run's listen() in eval.py
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()
@@ -405,7 +408,7 @@ def start_worker(_):
 
 @atexit.register
 def end_workers():
-    """multiprocessing would end those that are left by SIGTERM, and wait for them for ever."""
+    """Kill the workers that are left: at exit multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -497,7 +500,7 @@ class Shapes(Dataset):
         return random.Random(f"{self.seed} {self.split} {index}")
 
     def shape_and_texture(self, index, rng):
-        """Which shape, which texture: places in SHAPES and TEXTURES."""
+        """Which shape, which texture: indices into SHAPES and TEXTURES."""
         shape, other = index % len(SHAPES), rng.randrange(1, len(TEXTURES))
         if self.split == "conflict":
             return shape, (shape + other) % len(TEXTURES)
@@ -520,8 +523,8 @@ def coordinates(H, W):
 
 
 def draw_shape(rng, x, y, shape, texture, radii):
-    """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, places in SHAPES and TEXTURES, of
-    a radius between two bounds, somewhere within the image."""
+    """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, indices into SHAPES and
+    TEXTURES, of a radius between two bounds, somewhere within the image."""
     radius, turn = rng.uniform(*radii), math.radians(rng.uniform(-40, 40))
     pixel = 2 / min(x.size, y.size)
     dx, dy = (axis - rng.uniform(radius - axis.size * pixel / 2, axis.size * pixel / 2 - radius) for axis in (x, y))

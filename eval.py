@@ -66,7 +66,7 @@ def score(predictions, device, stop=()):
         rows.append(torch.stack([hits[:, 0].sum(), hits.sum(), loss]))
         images += len(labels)
     sums = torch.stack(rows).cpu().double().sum(0).tolist()
-    hits1, hits5, loss, images, stopped = map(sum, zip(*gather([*sums, images, len(stop)])))
+    hits1, hits5, loss, images, stopped = map(sum, zip(*all_gather([*sums, images, len(stop)])))
     if stopped:
         return None
     if not math.isfinite(loss):
@@ -127,8 +127,8 @@ def add_flags(parser):
     """The flags that programs share which evaluate a model."""
     parser.add_argument("--data", type=nonempty,
                         help="a built-in data set or a folder with val/CLASS/IMAGE; default: the run's own")
-    parser.add_argument("--soft-mask", type=float, help="alpha, from 1 (bidirectional) to 0, for the checkpoint's")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass on one rank")
+    parser.add_argument("--soft-mask", type=float, help="alpha for the checkpoint's, from 1 (bidirectional) to 0")
+    parser.add_argument("--batch-size", type=int, default=256, help="batch size (per rank)")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
 
@@ -163,7 +163,7 @@ def main(argv=None):
                                  "cannot: use a checkpoint that train.py wrote")
             classes = classes or torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
             image = Images([(read_image(args.image), 0)], transform)
-            (logits, _), = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
+            [(logits, _)] = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
             result = most_likely(logits[0], classes)
             lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
         else:
@@ -175,7 +175,7 @@ def main(argv=None):
             lines = (f"top-1 {r['test_acc1']:.3f} %  top-5 {r['test_acc5']:.3f} %  loss {r['test_loss']:.4f}  "
                      f"{r['images']:,} images at {r['img_size']} x {r['img_size']}, {mask}, {r['dtype']}, "
                      f"{r['time_images_per_s']:,.0f} images/s")
-        if rank == 0:
+        if is_rank_0():
             print(json.dumps(result) if args.json else lines)
         shut_down()
 
@@ -213,7 +213,7 @@ REFUSALS = {  # what the system refuses, by words in an error
 @contextmanager
 def report_errors():
     """Bad input, and what the system refuses, ends a program with one line, printed once per node, and exit code 2."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # or closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # None if closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")              # class names, on a terminal without Unicode
     try:
@@ -222,25 +222,25 @@ def report_errors():
         known = [reason for words, reason in REFUSALS.items() if re.search(words, repr(error), re.I)]
         if isinstance(error, ValueError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            if not frame.line.startswith("raise") or "site-packages" in frame.filename:          # a bug, not a refusal
+            if not frame.line.startswith("raise") or "site-packages" in frame.filename:  # not raised by our code: a bug
                 raise
             reason = printable(str(error))
         elif isinstance(error, RuntimeError | OSError | MemoryError) and known and not getattr(error, "filename", None):
             reason = known[0]
         elif isinstance(error, OSError) and error.strerror:
-            place = printable(str(error.filename or "the system"))
-            reason = f"{place}: {error.strerror}: give another path or fewer processes"
+            path = printable(str(error.filename or "the system"))
+            reason = f"{path}: {error.strerror}: give another path or fewer processes"
         else:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)   # the first process says it, and torchrun ends the others; unless all is well with the first
+            time.sleep(5)   # local rank 0 reports it, and torchrun ends this one; if it had no error, this one reports
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-stop = []                        # signals that asked to
-unbroken = threading.Lock()      # held while a file is written
+stop = []                          # the signals that asked this program to, as listen() takes them
+write_lock = threading.Lock()      # held while a file is written
 
 
 def stop_on_signals():
@@ -264,10 +264,10 @@ def listen(reading, writing):            # the latter to keep it open
         number = reading.recv(1)[0]
         if number in SIGNALS:
             if time.monotonic() - first > 2:
-                with unbroken:
+                with write_lock:
                     os._exit(128 + number)
             stop.append(number)
-            if len(stop) == 1:
+            if first == math.inf:
                 first = time.monotonic()
                 say("stopping as soon as everything is saved; a second signal ends it at once")
 
@@ -288,13 +288,13 @@ def setup(device="auto", dtype="auto"):
     values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"))]
     if "RANK" in os.environ and (not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1])):
         raise ValueError(f"{', '.join(names[:3])} are {', '.join(values)}: start with torchrun, which sets them")
-    rank, world, local = map(int, values)
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank = map(int, values)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
-    if device == "cuda" and neighbours > gpus:
-        raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {neighbours} processes; "
+    if device == "cuda" and local_world > gpus:
+        raise ValueError(f"--device cuda: this machine has {gpus} GPUs for {local_world} processes; "
                          "start fewer, or use --device cpu")
     if device == "mps" and (not mps or world > 1):
         raise ValueError(f"--device mps: {'one process at a time' if mps else 'there is none on this machine'}; "
@@ -306,7 +306,7 @@ def setup(device="auto", dtype="auto"):
     if dtype == "float16" and device != "cuda":
         raise ValueError(f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 or float32")
     if device == "cuda":
-        device = f"cuda:{local}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     device = torch.device(device)
     if world > 1:
@@ -322,7 +322,7 @@ def setup(device="auto", dtype="auto"):
 
 
 def local_rank_0_first(function, *args, **kwargs):
-    """Call a function in the first process of each machine, then in the others: so it downloads once."""
+    """Call a function on local rank 0 of each node, then on its other ranks: so a node downloads once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier(gloo)
@@ -333,7 +333,7 @@ def local_rank_0_first(function, *args, **kwargs):
             dist.barrier(gloo)
 
 
-def gather(value):
+def all_gather(value):
     """What each rank has, by rank."""
     values = [value]
     if dist.is_initialized():
@@ -350,7 +350,7 @@ def on_rank_0(function, *args):
             answer = function(*args)
         except (ValueError, OSError) as refusal:
             error = refusal
-    answer, error = gather((answer, error))[0]
+    answer, error = all_gather((answer, error))[0]
     if error:
         raise error
     return answer
@@ -383,7 +383,7 @@ def is_rank_0():
 
 
 def default_workers():
-    """Loader processes: this process's share of the cores that it may use, at most 8."""
+    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

@@ -115,22 +115,20 @@ def config(size="tiny", step="soft_mask", **overrides):
     for name in overrides:
         if name not in known:
             raise ValueError(f"unknown field {name!r}; a Config has {', '.join(known)}")
-    rungs = {}
-    for rung, changes in STEPS.items():
-        rungs |= changes
-        if rung == step:
-            break
-    return Config(**SIZES[size] | rungs | overrides)
+    rungs = list(STEPS)[: list(STEPS).index(step) + 1]
+    changes = {name: value for rung in rungs for name, value in STEPS[rung].items()}
+    return Config(**SIZES[size] | changes | overrides)
 
 
 def overrides(cfg, size, step):
-    """The fields of a Config that differ from those of a size on a rung, {name: value}: the ablation that it is.
+    """{name: value} of the fields of a Config that differ from those of a size on a rung: what flags changed on top.
 
     What data and recipe determine (resolution, patches, classes, drop path) does not count.
     """
-    usual, given = config(size, step), ("img_size", "patch_size", "num_classes", "drop_path")
+    usual = config(size, step)
     return {field.name: getattr(cfg, field.name) for field in fields(Config)
-            if field.name not in given and getattr(cfg, field.name) != getattr(usual, field.name)}
+            if field.name not in ("img_size", "patch_size", "num_classes", "drop_path")
+            and getattr(cfg, field.name) != getattr(usual, field.name)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def norm(cfg):
 
 
 def rope_table(tokens, dim, theta=10000.0):
-    """(2, N, d): what rotate() takes, from the angle t * theta^(-2k/d) for token t and pair of channels k [7].
+    """(2, N, d): cos, and sin with rotate()'s signs, of the angle t * theta^(-2k/d) of token t and channel pair k [7].
 
     t is the position in the sequence: patches in raster order over their 2-D grid, the class token like any other.
     """
@@ -214,7 +212,7 @@ class Mask(NamedTuple):
 # `soft` is the published mask: the weights of future values are scaled by alpha after the softmax. Future keys stay in
 # its denominator, and even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score)
 # instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
-MASKS = {  # name: function of future(), which makes the table of the later keys, the class token's row, and alpha
+MASKS = {  # name: function of future, cls and alpha, see make_mask
     "none": lambda future, cls, alpha: Mask(),
     "causal": lambda future, cls, alpha: Mask(is_causal=True),
     "modified": lambda future, cls, alpha: Mask(attn_bias=torch.where(future() & ~cls, -math.inf, 0.0)),
@@ -225,16 +223,18 @@ MASKS = {  # name: function of future(), which makes the table of the later keys
 
 
 def make_mask(cfg, alpha=0.0, device=None):
-    place = torch.arange(cfg.tokens, device=device)                  # made on the device: nothing is copied to it
-    cls = (place == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]            # N, 1: the class token as the query
-    return MASKS[cfg.mask](lambda: place > place[:, None], cls, alpha)
+    """The Mask of a Config. Its function in MASKS gets future(), which makes the table (N, N) that is True where a key
+    comes after its query (`none` and `causal` need none); cls (N, 1), True in the class token's row; and alpha."""
+    position = torch.arange(cfg.tokens, device=device)               # on the device: no copy from the CPU
+    cls = (position == (cfg.tokens - 1 if cfg.cls_last else 0))[:, None]
+    return MASKS[cfg.mask](lambda: position > position[:, None], cls, alpha)
 
 
 class Attention(nn.Module):
-    """Multi-head attention: weights that the mask says, times v.
+    """Multi-head attention: softmax of the scores, masked as Mask says, times v.
 
     `queries` picks the tokens whose output is computed, all or the class token: of the last block only the class token
-    is read, and the rest is 6 % of the work.
+    is read, and computing the others would be 6 % of the work.
     """
 
     def __init__(self, cfg):
@@ -246,18 +246,18 @@ class Attention(nn.Module):
     def qkv_heads(self, x, rope):
         """x: (B, N, D) -> q, k and v: (B, h, N, d), q and k rotated."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))  # 2 + 1, B, h, N, d
-        if rope is None:
-            return *qk, *v
-        return *rotate(qk, rope), *v.contiguous()    # a view would hold the memory of the unrotated q and k as well
+        if rope is not None:
+            qk, v = rotate(qk, rope), v.contiguous()        # as a view v would hold the memory of the unrotated q and k
+        return *qk, *v
 
     def forward(self, x, rope, mask, queries=slice(None)):
         q, k, v = self.qkv_heads(x, rope)
         q = q[:, :, queries]                                         # B, h, M, d
         attn_bias, attn_scale = (m if m is None else m[queries].type_as(q) for m in (mask.attn_bias, mask.attn_scale))
         if attn_scale is None:                                       # nothing after the softmax: one fused kernel
-            is_causal = mask.is_causal and queries != slice(-1, None)            # the last query attends to all keys
+            is_causal = mask.is_causal and queries != slice(-1, None)            # torch would align it to the first key
             y = F.scaled_dot_product_attention(q, k, v, attn_bias, is_causal=is_causal)
-        else:                                                        # backward needs the weights, not their product
+        else:                                            # save attn alone for backward, not attn * attn_scale, too
             attn = attention_weights(q, k, attn_bias)
             y = torch.utils.checkpoint.checkpoint(scaled_sum, attn, attn_scale, v, use_reentrant=False,
                                                   preserve_rng_state=False)
@@ -316,7 +316,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(cfg.width, cfg.num_classes)
         self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's position in the sequence
 
-        self.mask = make_mask(cfg)                                   # the largest first: if too large, it fails here
+        self.mask = make_mask(cfg)                                 # the largest table first: too large, it fails here
         rope = rope_table(cfg.tokens, cfg.width // cfg.heads) if cfg.rope else None
         self.register_buffer("rope", rope, persistent=False)         # can be computed, so is not in the state dict
 
@@ -331,6 +331,7 @@ class VisionTransformer(nn.Module):
 
     @mask.setter
     def mask(self, mask):
+        """Its tables become buffers, which model.to(device) moves."""
         self.is_causal = mask.is_causal
         self.register_buffer("attn_bias", mask.attn_bias, persistent=False)
         self.register_buffer("attn_scale", mask.attn_scale, persistent=False)
@@ -360,10 +361,10 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images, queries=slice(None)):
         """Tokens after the last norm: (B, N, D), or those of the `queries` of the last block."""
         x = self.embed(images)
-        for i, block in enumerate(self.blocks, 1):
-            last = i == len(self.blocks)
-            x = block(x, self.rope, self.mask, queries if last else slice(None))
-        return self.norm(x)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, self.rope, self.mask)
+        return self.norm(last(x, self.rope, self.mask, queries))
 
     def attention_maps(self, images):
         """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
@@ -487,7 +488,7 @@ def validate(value, kind, name):
 
 
 def is_dense(value):
-    """Whether it is a tensor of floats in memory that holds each of them, unlike that of an expanded one."""
+    """Whether it is a floating-point tensor whose storage holds every element (an expanded one's does not)."""
     return (isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_floating_point()
             and not value.is_quantized and not value.is_meta and value.nbytes <= value.untyped_storage().nbytes())
 
@@ -495,7 +496,7 @@ def is_dense(value):
 def weights_of(checkpoint):
     """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. ValueError if there is none."""
     state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(name, str) and is_dense(state[name]) for name in state):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and is_dense(v) and v.ndim for k, v in state.items()):
         raise ValueError("what should be weights is not a dict of tensors, dense and floating-point, by their names: "
                          "use another file")
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
@@ -508,12 +509,12 @@ def open_checkpoint(source):
         validate(checkpoint, CHECKPOINT, source)
         return checkpoint
     state = weights_of(checkpoint)
-    try:  # the shapes alone tell the Config
+    try:  # size, patches and resolution follow from the shapes
         shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
         size = next(name for name, sizes in SIZES.items() if (sizes["width"], sizes["depth"]) == shape)
         patch_size, grid = state["patch_embed.proj.weight"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
         cfg = config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))
-    except (KeyError, IndexError, StopIteration) as error:
+    except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise ValueError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: "
                          "use another file") from error
     return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0, run=dict(size=size, dtype="float32"))
@@ -535,7 +536,7 @@ def build(checkpoint):
 
 
 def load_state(model, state, assign=False):
-    """model.load_state_dict, strictly, with what torch finds wrong in one sentence of a ValueError."""
+    """model.load_state_dict, strictly; a ValueError in one line if the weights do not fit."""
     try:
         model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -554,11 +555,11 @@ def load_weights(model, source, new_head=False, classes=None):
     state, own, notes = weights_of(source), model.state_dict(), []
 
     pos, own_pos = state.get("pos_embed"), own.get("pos_embed")
-    if pos is not None and own_pos is not None and pos.shape[1] != own_pos.shape[1]:
+    if pos is not None and own_pos is not None and pos.ndim == 3 and pos.shape[1] != own_pos.shape[1]:
         state["pos_embed"] = resize_positions(pos, own_pos.shape[1], model.cfg.cls_last)
         notes.append(f"learned positions resized from {pos.shape[1] - 1} to {own_pos.shape[1] - 1} patches")
     before = source.get("config", {})
-    validate(before, dict, "config")
+    validate(before, Config, "config")
     for name in ("heads", "mask", "cls_last", "rope"):               # no weight's shape tells these
         now = getattr(model.cfg, name)
         if before.get(name, now) != now:
@@ -579,8 +580,8 @@ def other_classes(checkpoint, classes):
 
 def resize_positions(pos, tokens, cls_last):
     """Bicubic resize of the patches' positions, (1, P + 1, D) -> (1, tokens, D); the class token's is kept as it is."""
-    old, new = math.isqrt(pos.shape[1] - 1), math.isqrt(tokens - 1)
-    if old ** 2 + 1 != pos.shape[1]:
+    old, new = math.isqrt(max(0, pos.shape[1] - 1)), math.isqrt(tokens - 1)
+    if not old or old ** 2 + 1 != pos.shape[1]:
         raise ValueError(f"pos_embed has {pos.shape[1]} rows, which is no square grid of patches and a class token")
     grid, cls = (pos[:, :-1], pos[:, -1:]) if cls_last else (pos[:, 1:], pos[:, :1])
     grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)         # 1, D, old, old

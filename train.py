@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 from data import (DATASETS, Images, class_folders, erase, eval_batches, eval_transform, loader, mix, normalize,
                   open_data, printable, seed_of, shorten, train_batches, train_transform)
-from eval import (DEVICES, DTYPES, Parser, default_workers, evaluate, gather, is_rank_0, local_rank_0_first, nonempty,
-                  on_rank_0, report_errors, say, setup, shut_down, stop, stop_on_signals, unbroken)
+from eval import (DEVICES, DTYPES, Parser, all_gather, default_workers, evaluate, is_rank_0, local_rank_0_first,
+                  nonempty, on_rank_0, report_errors, say, setup, shut_down, stop, stop_on_signals, write_lock)
 from model import (CHECKPOINT, MASKS, SIZES, STEPS, Config, VisionTransformer, build, config, is_dense, load_weights,
                    overrides, read_checkpoint, validate)
 
@@ -211,7 +211,7 @@ def recompute_blocks(blocks):
 
 
 def wrap(model, blocks, machine, world):
-    """The model as it is trained: its blocks recomputed, it compiled, its gradients averaged over the ranks."""
+    """The model as it is trained: with activation checkpointing, compiled, in DistributedDataParallel."""
     if machine.recompute:
         recompute_blocks(blocks)
     if machine.compile:
@@ -219,7 +219,7 @@ def wrap(model, blocks, machine, world):
     if world == 1:
         return model
     net = DistributedDataParallel(model)
-    net.broadcast_buffers = False        # they follow from the configuration; the argument's name is changing
+    net.broadcast_buffers = False        # they follow from the configuration; torch is renaming the argument
     return net
 
 
@@ -245,24 +245,24 @@ def micro_batches(batches, recipe, classes, seed, first, accumulate, rank, devic
         yield images, labels, sum(map(bool, faults))
 
 
-def sum_over_ranks(loss, norm, faults, stops):
+def sum_over_ranks(loss, norm, unreadable, stops):
     """Two tensors and two numbers, each summed over the ranks: beside the gradients the one exchange of an iteration,
     and its only wait for the device. What is not finite on one rank is not finite in the sum."""
-    sums = torch.stack([loss, norm, torch.full_like(loss, faults), torch.full_like(loss, stops)])
+    sums = torch.stack([loss, norm, torch.full_like(loss, unreadable), torch.full_like(loss, stops)])
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()
 
 
-def check_health(loss, norm, state, images, folder, scaler):
+def check_health(loss, norm, state, n_images, folder, scaler):
     """ValueError if a loss or gradient of an iteration is not finite, or too many images of an epoch are unreadable."""
-    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):       # it skips steps that overflow
+    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):       # a GradScaler skips those
         raise ValueError(f"the loss or its gradient is not a finite number at iteration {state.iteration}; it was not "
                          f"applied, and {folder} holds the run as it was last saved: try a smaller --lr or "
                          "--dtype float32")
-    most = min(images - 1, max(10, images // 100))
+    most = min(n_images - 1, max(10, n_images // 100))
     if state.unreadable > most:
-        raise ValueError(f"more than {most:,} of {images:,} training images cannot be read: see the warnings, and "
+        raise ValueError(f"more than {most:,} of {n_images:,} training images cannot be read: see the warnings, and "
                          "replace or remove them")
 
 
@@ -285,7 +285,7 @@ def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_paramete
 @report_errors()
 def main(argv=None):
     started = time.perf_counter()
-    given = parse_flags(argv)            # from here to the folder all is found that the user can get wrong
+    given = parse_flags(argv)            # the user's mistakes are found before the folder is made
     machine = Machine(**pick(Machine, given))
     path, checkpoint = find_resume(given)
     run, recipe, cfg = resolve(given, checkpoint)
@@ -300,11 +300,11 @@ def main(argv=None):
     per_epoch = len(train) // recipe.batch_size
     cfg = replace(cfg, num_classes=len(train.classes))
     torch.manual_seed(seed_of("weights", run.seed))
-    model, notes = build(checkpoint) if checkpoint else VisionTransformer(cfg), []
-    model.to(device)
+    model = (build(checkpoint) if checkpoint else VisionTransformer(cfg)).to(device)
+    notes = []
     if run.init_from and not checkpoint:
         if run.select:
-            from downstream.select import select_weights                         # these files do without it
+            from downstream.select import select_weights                         # only --select needs downstream/
             notes = local_rank_0_first(select_weights, model, run.init_from, run.select, train.classes)
         else:
             weights = local_rank_0_first(read_checkpoint, run.init_from)
@@ -328,17 +328,17 @@ def main(argv=None):
     net = wrap(model, model.blocks, machine, world)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     progress = Progress(recipe, per_epoch)
-    images = Images(train, partial(train_transform, size=cfg.img_size, augment=recipe.augment), run.seed)
+    transform = partial(train_transform, size=cfg.img_size, augment=recipe.augment)
     order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
                           state.iteration)
-    batches = micro_batches(iter(loader(images, order, machine.workers, device)), recipe, cfg.num_classes, run.seed,
-                            state.iteration, accumulate, rank, device, progress)
+    loaded = iter(loader(Images(train, transform, run.seed), order, machine.workers, device))
+    batches = micro_batches(loaded, recipe, cfg.num_classes, run.seed, state.iteration, accumulate, rank, device,
+                            progress)
     val_batches = loader(Images(val, partial(eval_transform, size=cfg.img_size)),
                          eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
-    n_parameters, soft = sum(p.numel() for p in model.parameters()), cfg.soft
+    n_parameters = sum(p.numel() for p in model.parameters())
 
-    for line in introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
-        say(line)
+    say(introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters))
     announce(run, notes, folder, path, checkpoint, world, given, recipe.epochs, recipe.epochs * per_epoch)
 
     save_run = partial(save, settings, state, model, optimizer, scaler, folder)
@@ -349,24 +349,24 @@ def main(argv=None):
             lr = lr_at(state.iteration, recipe, per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if soft and state.alpha != (alpha := soft_mask_at(state.iteration, recipe, per_epoch)):
+            if cfg.soft and state.alpha != (alpha := soft_mask_at(state.iteration, recipe, per_epoch)):
                 model.set_soft_mask(alpha)
                 state.alpha = alpha
             torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
 
-            loss_sum, faults = torch.zeros((), device=device), 0
+            loss_sum, unreadable = torch.zeros((), device=device), 0
             for micro in range(accumulate):
-                images, labels, unreadable = next(batches)
+                images, labels, n_unreadable = next(batches)
                 net.require_backward_grad_sync = micro == accumulate - 1         # ranks average their gradients once
                 with autocast:
                     loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
-                faults += unreadable
+                unreadable += n_unreadable
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
-            state.unreadable += int(faults)
+            loss_sum, norm, unreadable, stops = sum_over_ranks(loss_sum, norm, unreadable, len(stop))
+            state.unreadable += int(unreadable)
             check_health(loss_sum, norm, state, len(train), folder, scaler)
             scaler.step(optimizer)
             scaler.update()
@@ -392,13 +392,13 @@ def main(argv=None):
         say(f"epoch {epoch}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  "
             f"top-1 {row['test_acc1']:.2f} %  top-5 {row['test_acc5']:.2f} %  {rate:,.0f} images/s  "
             f"{row['time_s']:,.0f} s")
-        final = not soft or state.alpha == soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch)
+        final = not cfg.soft or state.alpha == soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch)
         improved = final and row["test_acc1"] > state.best_acc1              # under different masks they do not compare
         state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0
         if improved:
             state.best_acc1 = row["test_acc1"]
         rows.append(json.dumps(row).encode())
-        if rank == 0:
+        if is_rank_0():
             write(folder / "metrics.jsonl", b"".join(row + b"\n" for row in rows))
         save_run(improved)
 
@@ -408,13 +408,13 @@ def main(argv=None):
 def introduction(run, recipe, cfg, machine, train, val, device, world, micro_batch, n_parameters):
     """The first lines of a run: all that tells it from another."""
     ablation = flags_of(overrides(cfg, run.size, run.step))
-    return [
+    return "\n".join([
         f"model   {run.size}, step {run.step}{ablation}: {n_parameters:,} parameters, {cfg.img_size} x {cfg.img_size} "
         f"pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, mask {cfg.mask}",
         f"data    {run.data}: {len(train):,} images to train, {len(val):,} to test, {len(train.classes)} classes",
         f"{batch_line(run, recipe, RECIPES, world, micro_batch)}: "
         f"{plural(recipe.epochs, 'epoch')} of {plural(len(train) // recipe.batch_size, 'iteration')}",
-        device_line(run, machine, device)]
+        device_line(run, machine, device)])
 
 
 def batch_line(run, recipe, recipes, world, micro_batch):
@@ -426,14 +426,14 @@ def batch_line(run, recipe, recipes, world, micro_batch):
 
 def device_line(run, machine, device):
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    extras = ", compiled" * machine.compile + ", blocks recomputed" * machine.recompute
+    extras = ", compiled" * machine.compile + ", activation checkpointing" * machine.recompute
     return f"device  {device.type}{threads}, {run.dtype}{extras}"
 
 
-def announce(run, notes, folder, path, checkpoint, world, given, last, iterations):
-    """Say where a run begins: weights, folder, and what it resumes; `last` is the epoch of its end."""
+def announce(run, notes, folder, path, checkpoint, world, given, epochs, iterations):
+    """Say where a run begins: weights, folder, and what it resumes."""
     if checkpoint:
-        finished = ", finished" * (checkpoint["epoch"] == last)
+        finished = ", finished" * (checkpoint["epoch"] == epochs)
         say(f"resume  {path} at iteration {checkpoint['iteration']:,} of {iterations:,}{finished}")
         if checkpoint["ranks"] != world:
             say(f"ranks   {checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, will differ")
@@ -539,13 +539,13 @@ def add_flags(parser, cls, skip=(), choices=CHOICES):
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name not in skip:
-            kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
-                    dict(type=nonempty if field.type is str else field.type))
+            options = (dict(action=argparse.BooleanOptionalAction) if field.type is bool else
+                       dict(type=nonempty if field.type is str else field.type))
             if field.name in choices:
-                kind["choices"] = list(choices[field.name])
+                options["choices"] = list(choices[field.name])
             default = f" (default: {field.default})" if cls is not Config and field.default not in ("", MISSING) else ""
             text = re.sub(r" \[\d\]", "", comments[field.name]).replace("%", "%%")      # [5] is a reference of model.py
-            parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text + default, **kind)
+            parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text + default, **options)
 
 
 def pick(cls, values):
@@ -597,7 +597,7 @@ def resolve(given, checkpoint):
         raise ValueError(f"--{'freeze' if run.freeze else 'select'} needs weights to start from: give --init-from")
     recipe = RECIPES[run.recipe]
     if run.recipe == "basic" and run.size in RECIPES:
-        recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # the one thing that it had by the size
+        recipe = replace(recipe, drop_path=RECIPES[run.size].drop_path)   # published per size, unlike the rest of it
     recipe = replace(recipe, **pick(Recipe, given))
     if run.dtype == "auto" and not run.recipe.startswith(("small-data", "transfer")):
         run = replace(run, dtype="float32")                               # as the published runs
@@ -670,14 +670,14 @@ def find_resume(given, out="out", kinds=(State, Run, Recipe)):
         return None, None
     if given["resume"] and "out" in given:
         raise ValueError(f"--resume {given['resume']} goes on in that folder: drop --out")
-    place = Path(given["resume"] or given.get("out") or out)
-    if place.is_file():
-        return place, read_run(place, *kinds)
+    root = Path(given["resume"] or given.get("out") or out)
+    if root.is_file():
+        return root, read_run(root, *kinds)
     names = "last.pt", "prev.pt"                     # by age: whatever time a copied file bears
-    found = [path for name in names for path in (place / name, *place.glob(f"*/{name}")) if path.exists()]
+    found = [path for name in names for path in (root / name, *root.glob(f"*/{name}")) if path.exists()]
     if not found:
         if given["resume"]:
-            raise ValueError(f"--resume {place}: no checkpoint there; check the path, or give --out {place} --resume, "
+            raise ValueError(f"--resume {root}: no checkpoint there; check the path, or give --out {root} --resume, "
                              "which starts where nothing has been saved")
         return None, None
     folder, faults = max(found, key=lambda path: path.stat().st_mtime).parent, []
@@ -706,7 +706,8 @@ FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # o
 def make_folder(out, name, resume):
     """The run's folder. Without `out`: out/NAME-N, N the first free number."""
     try:
-        if out and any(Path(out, file).exists() for file in FILES[resume:]):    # config.json comes before a checkpoint
+        existing = FILES[1:] if resume else FILES        # a run that died before its first checkpoint left config.json
+        if out and any(Path(out, file).exists() for file in existing):
             raise ValueError(f"--out {out} holds another run: give another folder, or add --resume to go on with it")
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
@@ -736,7 +737,7 @@ def prepare(folder, path, given, settings, state):
 
 def lock(folder):
     """Take the run's folder for this process, as long as it lives. ValueError if it is another's."""
-    lock.file = None                                     # to close a file of this folder later would give it away
+    lock.file = None                                     # close an earlier run's: closing a file drops all its locks
     try:
         import fcntl                                     # not on Windows
     except ImportError:
@@ -765,7 +766,7 @@ def write(path, content, previous=None):
     """Write bytes so that the file is intact at any moment, old or new; the old one is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with unbroken:
+        with write_lock:
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -801,7 +802,7 @@ def save(settings, state, model, optimizer, scaler, folder, improved=False):
 
 
 def load_optimizer(optimizer, moments):
-    """AdamW's moments of each parameter, {place: {name: tensor}}, into the optimizer. ValueError if they do not fit:
+    """AdamW's moments of each parameter, {index: {name: tensor}}, into the optimizer. ValueError if they do not fit:
     the fused AdamW does not check, and would write beyond a tensor's end."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
@@ -819,7 +820,7 @@ def check_ranks(run, recipe, cfg, state, train, val):
     mine = asdict(state) | asdict(cfg) | asdict(recipe) | dict(
         seed=run.seed, dtype=run.dtype, data=run.data if run.data in DATASETS else "",   # a folder may have two paths
         train_images=len(train), test_images=len(val), classes=train.classes)
-    first, *others = gather(mine)
+    first, *others = all_gather(mine)
     for rank, theirs in enumerate(others, 1):
         for name in mine:
             if theirs[name] != first[name]:

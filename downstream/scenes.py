@@ -55,8 +55,15 @@ class AnnotatedFolder(Dataset):
 
     def __getitem__(self, index):
         name = Path(self.names[index].item())
-        image = read_image(self.images / name)
+        image = check_shape(read_image(self.images / name), self.images / name)
         return image, read_annotation(self.annotations / f"{name.stem}.png", image.size, len(self.classes))
+
+
+def check_shape(image, path):
+    """The image. ValueError if its longer side would take gigabytes once the shorter one is resized."""
+    if max(image.size) > 16 * min(image.size):
+        raise ValueError(f"{path} has {image.width} x {image.height} pixels, longer than 16:1: cut or remove it")
+    return image
 
 
 def read_classes(root):
@@ -91,8 +98,8 @@ def read_annotation(path, size, classes):
                          f"{size[1]}: replace one of them")
     pixels = np.asarray(annotation)
     if pixels.max() > classes:
-        raise ValueError(f"{path} holds class {pixels.max()}, but there are {classes}: correct it, or the list of "
-                         "classes")
+        raise ValueError(f"{path} holds class {pixels.max()}, but there are {classes}: correct it, with 0 for what is "
+                         "not labelled, or the list of classes")
     return Image.fromarray(pixels)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from data import eval_batches, loader, printable, read_image, seed_of, shorten, train_batches
-from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, train_transform
+from downstream.scenes import SPLITS, Annotated, check_shape, eval_transform, open_scenes, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
 from eval import (DEVICES, DTYPES, Parser, default_workers, local_rank_0_first, nonempty, on_rank_0, report_errors, say,
                   setup, shut_down, stop, stop_on_signals)
@@ -130,9 +130,11 @@ def make_optimizer(model, recipe):
 
 
 def open_backbone(run, recipe, given, classes):
-    """(Run, Recipe, Config, weights) of a new run: what the flags say, without weights, or what --init-from's are."""
+    """(Run, Recipe, Config, checkpoint) of a new run: what the flags say, and None, or what --init-from's are."""
     crops = dict(img_size=recipe.img_size, drop_path=recipe.drop_path, num_classes=classes)
     if not run.init_from:
+        if run.recipe == "ade20k":
+            raise ValueError("--recipe ade20k is for fine-tuning: give the weights to start from with --init-from")
         cfg = config(run.size, run.step, **pick(Config, given) | crops | dict(patch_size=recipe.patch_size))
         return run, recipe, cfg, None
     source = local_rank_0_first(open_checkpoint, run.init_from)
@@ -142,9 +144,7 @@ def open_backbone(run, recipe, given, classes):
             raise ValueError(f"{flag(name, given[name])} does not fit the weights of --init-from, which are of "
                              f"{flag(name, known[name])}: drop the flag, or --init-from")
     run, recipe = replace(run, size=known["size"], step=known["step"]), replace(recipe, patch_size=known["patch_size"])
-    weights = {name.removeprefix("backbone."): value for name, value in weights_of(source).items()
-               if not name.startswith("decode.")}                                # of a run of this program, too
-    return run, recipe, replace(Config(**source["config"]), **crops), weights
+    return run, recipe, replace(Config(**source["config"]), **crops), source
 
 
 def open_splits(run, recipe, checkpoint):
@@ -154,10 +154,21 @@ def open_splits(run, recipe, checkpoint):
     return data, val
 
 
-def load_backbone(backbone, weights):
-    """load_weights() but for the parts that a Segmenter's backbone does not have."""
-    absent = [name for name in ("head", "norm") if isinstance(getattr(backbone, name), nn.Identity)]
-    return load_weights(backbone, {name: value for name, value in weights.items() if name.split(".")[0] not in absent})
+def load_parts(model, source, head, classes):
+    """Load a checkpoint's backbone, but for what a Segmenter's does not have, and its head if it is this program's and
+    the same `head` of the same classes. Returns sentences about what had to be adapted."""
+    state = {str(name).removeprefix("backbone."): value for name, value in source["model"].items()}
+    decode = {name.removeprefix("decode."): state.pop(name) for name in list(state) if name.startswith("decode.")}
+    if decode:                                           # after UPerNet there was no last norm: a fresh one
+        state = {f"norm.{name}": value for name, value in model.backbone.norm.state_dict().items()} | state
+    absent = [name for name in ("head", "norm") if isinstance(getattr(model.backbone, name), nn.Identity)]
+    state = {name: value for name, value in weights_of(dict(model=state)).items() if name.split(".")[0] not in absent}
+    notes = load_weights(model.backbone, state)
+    if decode and (head, classes) == ((source.get("recipe") or {}).get("head"), source["classes"]):
+        load_state(model.decode, decode)
+    elif decode:
+        notes.append("new head")
+    return notes
 
 
 def open_validation(checkpoint, data):
@@ -201,17 +212,18 @@ def train(argv):
     state = State(**pick(State, checkpoint or {}))
     micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
     if recipe.head == "upernet" and micro_batch == 1 and not (device.type == "cuda" and world > 1):
-        raise ValueError("--head upernet normalizes over the micro-batch, which has 1 crop here: make it larger")
+        raise ValueError("--head upernet normalizes over the micro-batch, which has 1 crop here: give a --batch-size "
+                         "and a --micro-batch that leave each rank at least 2")
     data, val = open_splits(run, recipe, checkpoint)
     if checkpoint:
-        cfg, weights = Config(**checkpoint["config"]), None
+        cfg, source = Config(**checkpoint["config"]), None
     else:
-        run, recipe, cfg, weights = open_backbone(run, recipe, given, len(data.classes))
+        run, recipe, cfg, source = open_backbone(run, recipe, given, len(data.classes))
     check_ranks(run, recipe, cfg, state, data, val)
     torch.manual_seed(seed_of("weights", run.seed))
     model, notes = Segmenter(cfg, recipe.head), []
-    if weights:
-        notes = load_backbone(model.backbone, weights)
+    if source:
+        notes = load_parts(model, source, recipe.head, data.classes)
     if checkpoint:
         load_state(model, checkpoint["model"])
     model.to(device)
@@ -260,19 +272,19 @@ def train(argv):
                 group["lr"] = lr * group["scale"]
             torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))         # and dropout
 
-            loss_sum, faults = torch.zeros((), device=device), 0
+            loss_sum, unreadable = torch.zeros((), device=device), 0
             for micro in range(accumulate):
-                images, labels, unreadable = next(batches)
+                images, labels, n_unreadable = next(batches)
                 net.require_backward_grad_sync = micro == accumulate - 1
                 with autocast:
                     loss = pixel_loss(net(images), labels)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
-                faults += unreadable
+                unreadable += n_unreadable
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            loss_sum, norm, faults, stops = sum_over_ranks(loss_sum, norm, faults, len(stop))
-            state.unreadable += int(faults)
+            loss_sum, norm, unreadable, stops = sum_over_ranks(loss_sum, norm, unreadable, len(stop))
+            state.unreadable += int(unreadable)
             check_health(loss_sum, norm, state, recipe.eval_every * recipe.batch_size, folder, scaler)
             scaler.step(optimizer)
             scaler.update()
@@ -369,7 +381,7 @@ def evaluate_run(argv):
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
-        image, file = read_image(args.image), args.draw or "segmentation.png"
+        image, file = check_shape(read_image(args.image), args.image), args.draw or "segmentation.png"
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if rank == 0:
@@ -398,5 +410,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    stop_on_signals()
+    if sys.argv[1:2] != ["eval"]:                        # which has nothing to save
+        stop_on_signals()
     main()

@@ -143,19 +143,20 @@ def starts(length, size):
 
 
 def by_window(model, image):
-    """The windows that cover an image, uint8 (3, H, W), no side shorter than a window: pairs of a window's place, an
+    """The windows that cover an image, uint8 (3, H, W), no side shorter than a window, one by one: a window's box, an
     index of (..., H, W), and its logits (classes, S, S)."""
     size, (H, W) = model.backbone.cfg.img_size, image.shape[1:]
     boxes = [(..., slice(y, y + size), slice(x, x + size)) for y in starts(H, size) for x in starts(W, size)]
-    views = normalize(torch.stack([image[box] for box in boxes]))
-    return list(zip(boxes, torch.cat([model(part)[0].float() for part in views.split(16)])))
+    for part in (boxes[start: start + 16] for start in range(0, len(boxes), 16)):
+        yield from zip(part, model(normalize(torch.stack([image[box] for box in part])))[0].float())
 
 
 def stitch(windows, H, W):
     """Logits (classes, H, W) of an image: the mean over by_window()'s windows."""
-    logits = windows[0][1]
-    total, count = logits.new_zeros(len(logits), H, W), logits.new_zeros(H, W)
+    total = count = None
     for box, logits in windows:
+        if total is None:
+            total, count = logits.new_zeros(len(logits), H, W), logits.new_zeros(H, W)
         total[box] += logits
         count[box] += 1
     return total / count
@@ -168,13 +169,12 @@ def slide(model, image):
 def predict(model, image, short_side, scales=(1,), flip=False):
     """Probabilities (classes, H, W) of an image, uint8 (3, H, W), resized to `short_side` times each of the scales, at
     least to a window: the mean over scales, and with `flip` over horizontal flips too."""
-    least, views = model.backbone.cfg.img_size, []
-    for scale in scales:
-        scaled = TF.resize(image, max(least, round(scale * short_side)))
-        views.append(slide(model, scaled))
-        if flip:
-            views.append(slide(model, scaled.flip(-1)).flip(-1))
-    return sum(resize(logits[None], image.shape[1:])[0].softmax(0) for logits in views) / len(views)
+    def view(scale, flipped):
+        scaled = TF.resize(image, max(model.backbone.cfg.img_size, round(scale * short_side)))
+        logits = slide(model, scaled.flip(-1)).flip(-1) if flipped else slide(model, scaled)
+        return resize(logits[None], image.shape[1:])[0].softmax(0)
+    views = [(scale, flipped) for scale in scales for flipped in ((False, True) if flip else (False,))]
+    return sum(view(*each) for each in views) / len(views)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

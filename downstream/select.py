@@ -56,6 +56,9 @@ def uniform(tensor, shape):
 def channels(width, heads, own_width, own_heads, rotated, halves):
     """Which of the larger model's `width` channels, rows of q, k or v, are kept: of evenly spaced heads evenly spaced
     pairs if they are `rotated`, else single channels. `halves`: a pair is not adjacent, but half a head apart."""
+    if heads < own_heads or width // heads < own_width // own_heads:
+        raise ValueError(f"the larger model has {heads} heads of {width // heads} channels, this one {own_heads} of "
+                         f"{own_width // own_heads}: use --select uniform, or other --heads")
     d, own_d = width // heads, own_width // own_heads
     if rotated:
         first = places(d // 2, own_d // 2)                           # RoPE's frequencies: spaced alike, so kept
@@ -65,13 +68,13 @@ def channels(width, heads, own_width, own_heads, rotated, halves):
     return (places(heads, own_heads)[:, None] * d + inside).flatten()
 
 
-def aligned(name, tensor, shape, heads, own_heads, halves):
+def aligned(name, tensor, shape, heads, own_heads, rope, halves):
     """The part of a weight. But for those of attention that is what uniform() keeps, as it depends on the sizes alone
     and so is the same wherever a dimension occurs."""
     part = name.split("attn.")[-1]
     if part.startswith("qkv"):
         width, own = len(tensor) // 3, shape[0] // 3
-        rows = [channels(width, heads, own, own_heads, rotated, halves) for rotated in (True, True, False)]
+        rows = [channels(width, heads, own, own_heads, rotated, halves) for rotated in (rope, rope, False)]
         rows = torch.cat([i * width + index for i, index in enumerate(rows)])
         return take(tensor, rows, *(places(*sizes) for sizes in zip(tensor.shape[1:], shape[1:])))
     if part == "proj.weight":
@@ -115,7 +118,8 @@ def select_weights(model, source, rule, classes=None):
         if tensor.ndim != len(shape):
             raise ValueError(f"{name} of --init-from {source} has {tensor.ndim} dimensions, not {len(shape)}: use "
                              "other weights")
-        part = uniform(tensor, shape) if rule == "uniform" else aligned(name, tensor, shape, heads, cfg.heads, halves)
+        part = uniform(tensor, shape) if rule == "uniform" else aligned(
+            name, tensor, shape, heads, cfg.heads, cfg.rope, halves)
         selected[name] = part.float()
     load_state(model, own | selected)
     return [f"{rule} selection of larger weights"] + ([f"fresh: {shorten(fresh)}"] if fresh else [])
@@ -141,18 +145,20 @@ def read_llama(folder, depth):
         raise ValueError(f"{folder / 'config.json'} is not that of LLaMA 2 ({error}): use another folder") from error
     if layers < depth:
         raise ValueError(f"--init-from {folder} has {layers} layers, this model {depth}: use a deeper one")
-    if config.get("num_key_value_heads", heads) != heads:
-        raise ValueError(f"--init-from {folder} shares keys and values between heads, which this model does not: use "
-                         "LLaMA 2 7B or 13B")
+    if config.get("model_type", "llama") != "llama" or config.get("num_key_value_heads", heads) != heads:
+        raise ValueError(f"--init-from {folder} is another model than LLaMA, or shares keys and values between heads, "
+                         "which this model does not: use LLaMA 2 7B or 13B")
     found = {}
     for name, tensor in shards(folder, lambda name: layer_of(name) < depth):
         part = LLAMA.get(name.split(".", 3)[3])
         if part:
             found[f"blocks.{layer_of(name)}.{part}"] = tensor
     for i in range(depth):
-        parts = [found.pop(f"blocks.{i}.attn.{name}.weight", None) for name in "qkv"]
-        if all(part is not None for part in parts):
-            found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts)
+        missing = [name for name, part in LLAMA.items() if f"blocks.{i}.{part}" not in found]
+        if missing:
+            raise ValueError(f"--init-from {folder} lacks model.layers.{i}.{missing[0]}: download all of its files")
+        qkv = [found.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
+        found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)
     return found, heads
 
 

@@ -18,6 +18,7 @@ from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
 from eval import Parser, report_errors, setup
 from experiments.properties import report
+from model import overrides
 
 BANDS = 8    # of whole images
 
@@ -55,7 +56,7 @@ def measure(model, batches, short_side):
     for images, labels, faults in tqdm(batches, leave=False, disable=None):
         check_readable(faults)
         image = TF.resize(images[0], max(cfg.img_size, short_side))              # as predict() does
-        windows = by_window(model, image)
+        windows = list(by_window(model, image))
         predicted = resize(stitch(windows, *image.shape[1:])[None], labels.shape[1:])[0].argmax(0)
         image_counts = image_counts + by_cell(labels[0], predicted, cfg.num_classes, BANDS)
         labels = TF.resize(labels, image.shape[1:], InterpolationMode.NEAREST)[0]
@@ -71,12 +72,15 @@ def main(argv=None):
     parser.add_argument("--out", help="append the rows to this file")
     with report_errors():
         args = parser.parse_args(argv)
-        _, _, device, _ = setup("cpu")
+        _, world, device, _ = setup("cpu")
+        if world > 1:
+            raise ValueError("rows are measured in one process: use python, not torchrun")
         for source in args.checkpoints:
             model, checkpoint = open_segmenter(source, device)
             run, short_side = checkpoint["run"], checkpoint["recipe"]["short_side"]
             val = open_validation(checkpoint, args.data)
-            report(dict(step=run["step"], seed=run["seed"], init_from=run["init_from"],
+            changes = overrides(model.backbone.cfg, run["size"], run["step"])
+            report(dict(step=run["step"], overrides=changes, seed=run["seed"], init_from=run["init_from"],
                         **measure(model, validation(val), short_side)), args.out)
 
 

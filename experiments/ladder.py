@@ -83,9 +83,10 @@ def train(folder, command, jobs):
 
 
 def train_all(runs, out, jobs, curve=False):
-    """Runs {name: (command, fields that tell its row from others)}, so many at a time, but those that have their row in
-    rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
+    """Runs {name: (command, fields that its row gets)}, so many at a time, but those that have their row in rows.jsonl
+    already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
     table = out / "rows.jsonl"
+    runs = {name: (command, fields | dict(flags=" ".join(map(str, command[1:])))) for name, (command, fields) in runs.items()}
     done = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     left = [name for name, (_, fields) in runs.items() if not any(row.items() >= fields.items() for row in done)]
     print(f"{len(left)} runs to do, {jobs} at a time", flush=True)

@@ -5,6 +5,7 @@
 """
 import random
 from functools import partial
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
@@ -44,6 +45,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if min(args.img_size, args.rows) < 1:
             raise ValueError("--img-size and --rows must be at least 1")
+        if Path(args.out).suffix != ".png":
+            raise ValueError(f"--out {args.out}: give the path of a .png")
         if args.split == "conflict" and args.data != "shapes-cue":
             raise ValueError(f"--data {args.data} has no --split conflict: shapes-cue has one")
         transform = partial(eval_transform, size=args.img_size)

@@ -39,7 +39,7 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
     assert {(row["step"], row["seed"]) for row in first} == {("vit", 0), ("soft_log", 0)}
     for row in first:                                                # a row is the last one of a plain run of train.py
         (last,) = (tmp_path / "runs" / f"{row['step']}-0" / "metrics.jsonl").read_text().splitlines()[1:]
-        assert row | dict(step=None) == json.loads(last) | dict(step=None) and row["epoch"] == 1
+        assert row | dict(step=None, flags=None) == json.loads(last) | dict(step=None, flags=None) and row["epoch"] == 1
     alone = tmp_path / "alone"
     train.main(["--data", str(photos), "--step", "soft_mask", "--mask", "soft_log", "--out", str(alone), *SMALL])
     assert [row["test_loss"] for row in first if row["step"] == "soft_log"] == pytest.approx(
@@ -47,6 +47,7 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
     assert ladder(tmp_path, photos, 2).startswith("2 runs to do")
     assert rows(tmp_path)[:2] == first and [row["seed"] for row in rows(tmp_path)] == [0, 0, 1, 1]
     assert "vit-0: not finished, see" in ladder(tmp_path, photos, 1, epochs=1)   # longer or shorter is another --out
+    assert ladder(tmp_path, "shapes", 1).startswith("2 runs to do")         # and so are other data
     assert [row["epoch"] for row in rows(tmp_path)] == [1, 1, 1, 1]
 
 
@@ -101,7 +102,8 @@ def test_many_comparisons_are_corrected_for_from_the_largest_down():
 
 @pytest.mark.parametrize("step, overrides, rung", [
     ("vit", {}, "vit"), ("rmsnorm", dict(width=96, rope=True, abs_pos=False), "rope_alone"), ("modified", {}, "modified"),
-    ("soft_mask", dict(depth=4, mask="soft_log"), "soft_log"), ("rmsnorm", dict(heads=3), "rmsnorm")])
+    ("soft_mask", dict(depth=4, mask="soft_log"), "soft_log"), ("rmsnorm", dict(heads=3), "rmsnorm"),
+    ("rmsnorm", dict(mask="soft"), "rmsnorm {'mask': 'soft'}")])
 def test_a_row_is_filed_under_its_rung_by_what_it_changes(step, overrides, rung):
     assert report.rung_of(dict(step=step, overrides=overrides)) == rung
 

@@ -344,6 +344,7 @@ def test_a_program_that_waits_is_ended_by_a_second_signal_but_not_by_the_same_on
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "program.py").write_text("""
 import eval, pathlib, sys
+eval.stop.append("a run that failed")              # as experiments.ladder does: not a signal
 eval.stop_on_signals()
 print("ready", flush=True)
 pathlib.Path(sys.argv[1]).read_bytes()             # as long as nobody writes into the pipe

@@ -1,4 +1,4 @@
-"""Segmentation: one property a test."""
+"""Segmentation: one property per test."""
 import json
 import random
 import shutil
@@ -113,6 +113,14 @@ def test_upernet_has_the_parameters_of_the_published_configuration():
     assert sum(p.numel() for p in model.backbone.parameters()) == backbone
 
 
+def test_upernet_pools_as_published_and_its_second_output_is_of_the_third_tapped_block():
+    model = build(head="upernet", depth=12).train()
+    assert [pool[0].output_size for pool in model.decode.pools] == [1, 2, 3, 6]
+    model(hashed_images(2))[1].sum().backward()
+    reached = [block.mlp.fc2.weight.grad is not None for block in model.backbone.blocks]
+    assert reached == [True] * 8 + [False] * 4
+
+
 def test_a_causal_mask_hides_later_patches_from_earlier_ones_and_the_head_too():
     images = hashed_images(1)
     changed = images.clone()
@@ -163,6 +171,11 @@ def test_overlapping_windows_are_averaged_and_put_back_in_their_places():
     image = noise(50, 75)
     torch.testing.assert_close(slide(Painter(32), image), normalize(image[None])[0])
 
+    class Column(Painter):                                                   # of the window, so that windows disagree
+        def forward(self, images):
+            return [torch.arange(8.).expand_as(images)]
+    assert slide(Column(8), noise(8, 10))[0, 0].tolist() == [0, 1, 1, 2, 3, 4, 5, 6, 6, 7]
+
 
 def test_an_image_of_a_windows_size_is_predicted_at_once():
     model, image = build(), noise(32, 32)
@@ -172,6 +185,7 @@ def test_an_image_of_a_windows_size_is_predicted_at_once():
 def test_multi_scale_prediction_is_the_mean_over_scales_and_mirror_images():
     image, model = noise(40, 48), build()
     views = [predict(model, image, 40, scales=[scale]) for scale in (1, 1.5)]
+    assert not torch.allclose(*views, atol=1e-3)
     views += [predict(model, image.flip(-1), 40, scales=[scale]).flip(-1) for scale in (1, 1.5)]
     torch.testing.assert_close(predict(model, image, 40, scales=(1, 1.5), flip=True), sum(views) / 4)
     assert predict(model, image, 40, scales=[0.1]).shape == (5, 40, 48)      # smaller than a window: raised to it
@@ -205,6 +219,15 @@ def test_the_same_from_one_rank_as_from_two(streets, trained):
     model, val = open_segmenter(str(trained), "cpu")[0], open_scenes(str(streets), "validation", 20)
     result = evaluate(model, segment.validation(val), 20, torch.device("cpu"))
     assert rows == [result | dict(images=3, multi_scale=False)]
+
+
+def test_evaluation_at_several_scales_from_the_command_line(streets, trained, capsys):
+    segment.main(["eval", str(trained), "--json", "--multi-scale", "--workers", "0", "--device", "cpu"])
+    model, val = open_segmenter(str(trained), "cpu")[0], open_scenes(str(streets), "validation", 20)
+    views = dict(scales=segment.SCALES, flip=True)
+    result = evaluate(model, segment.validation(val), 20, torch.device("cpu"), **views)
+    assert json.loads(capsys.readouterr().out) == result | dict(images=3, multi_scale=True)
+    assert result != evaluate(model, segment.validation(val), 20, torch.device("cpu"))
 
 
 def test_accuracy_by_place_adds_up_to_that_of_the_whole(streets):
@@ -313,6 +336,8 @@ def spoil(folder, what):
         annotation.write_bytes(b"no image")
     elif what == "image":
         (folder / "images" / "validation" / "0.png").unlink()
+    elif what == "long":
+        Image.new("RGB", (340, 20)).save(folder / "images" / "validation" / "0.png")
     elif what == "classes":
         (folder / "classes.txt").unlink()
     elif what == "encoding":
@@ -323,7 +348,7 @@ def spoil(folder, what):
 
 @pytest.mark.parametrize("what, said", [
     ("missing", "only one of them has 0"), ("image", "only one of them has 0"), ("size", "has 5 x 5 pixels, its image"),
-    ("label", "holds class 4, but there are 3"), ("rgb", "has the mode RGB"), ("broken", "cannot be read as an annotation"),
+    ("label", "holds class 4, but there are 3"), ("long", "has 340 x 20 pixels, longer than 16:1"), ("rgb", "has the mode RGB"), ("broken", "cannot be read as an annotation"),
     ("classes", "classes.txt is missing"), ("split", "is missing"), ("encoding", "is not text in UTF-8")])
 def test_bad_annotations_are_refused_in_one_sentence(what, said, streets, trained, tmp_path, capsys):
     shutil.copytree(streets, tmp_path / "spoilt")
@@ -365,6 +390,15 @@ def test_the_learning_rate_decays_by_block_and_norms_and_biases_have_no_weight_d
     assert len(found) == len(list(model.parameters()))
 
 
+def test_a_first_update_is_as_large_as_the_learning_rate_of_its_block(streets, tmp_path):
+    flags = "--iterations 1 --eval-every 1 --warmup 0 --weight-decay 0 --layer-decay 0.5".split()
+    before = run(streets, tmp_path / "before", *flags, "--lr", 0)["model"]
+    after = run(streets, tmp_path / "after", *flags, "--lr", 1e-3)["model"]
+    for name, layer in (("decode.classify.weight", 3), ("backbone.blocks.1.mlp.fc2.weight", 2),
+                        ("backbone.blocks.0.mlp.fc2.weight", 1), ("backbone.patch_embed.proj.weight", 0)):
+        assert (after[name] - before[name]).abs().max() == pytest.approx(1e-3 * 0.5 ** (3 - layer), rel=0.01)
+
+
 def test_training_learns_and_says_how_well(streets, tmp_path):
     run(streets, tmp_path / "run", "--iterations", 60, "--eval-every", 30)
     first, last = metrics(tmp_path / "run")
@@ -381,6 +415,7 @@ def test_every_rung_trains(step, streets, tmp_path):
 def test_a_resumed_run_ends_as_the_run_left_alone(streets, monkeypatch, tmp_path):
     flags = ["--head", "upernet", "--depth", 3, "--drop-path", 0.5]          # randomness and running statistics
     alone = run(streets, tmp_path / "alone", *flags)
+    assert alone["model"]["decode.pyramid.0.1.num_batches_tracked"] == 4     # trained in training mode
 
     class Stop(Exception):
         pass
@@ -405,10 +440,10 @@ def test_a_finished_run_resumes_to_its_end(trained, capsys):
 
 
 def test_micro_batches_give_the_same_loss(streets, tmp_path):
-    run(streets, tmp_path / "one")
-    run(streets, tmp_path / "two", "--micro-batch", 2)
-    one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
-    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+    run(streets, tmp_path / "one", "--warmup", 0)
+    run(streets, tmp_path / "two", "--warmup", 0, "--micro-batch", 2)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
 
 
 def test_bfloat16_computes_differently_but_stores_float32(streets, trained, tmp_path):
@@ -449,12 +484,25 @@ def test_it_starts_from_a_classifiers_weights_which_say_what_the_model_is(photos
             assert torch.equal(value, source[name.removeprefix("backbone.")]), name
 
 
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_it_starts_from_a_run_of_its_own_with_the_head_if_that_is_the_same(head, streets, tmp_path, capsys):
+    source = run(streets, tmp_path / "a", "--depth", 3, "--head", head, "--iterations", 2)["model"]
+    for other, same in (("linear", head == "linear"), ("upernet", head == "upernet")):
+        flags = ["--lr", 0, "--head", other, "--init-from", tmp_path / "a" / "last.pt", "--depth", 3]
+        state = run(streets, tmp_path / other, *flags)["model"]
+        names = [name for name in state if "running" not in name and "tracked" not in name]
+        kept = [name in source and torch.equal(state[name], source[name]) for name in names]
+        assert all(kept) == same and all(one for one, name in zip(kept, names) if ".blocks." in name)
+        assert ("new head" in capsys.readouterr().out) != same
+
+
 def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished, tmp_path, capsys):
     data = "--data", streets
     for flags, said in [
         ([*data, "--iterations", 5, "--eval-every", 2], "--iterations 5 is not a multiple of --eval-every 2"),
         ([*data, "--batch-size", 9], "8 training images, less than one --batch-size 9"),
-        ([*data, *TINY, "--head", "upernet", "--micro-batch", 1], "make it larger"),
+        ([*data, *TINY, "--head", "upernet", "--micro-batch", 1], "leave each rank at least 2"),
+        ([*data, *TINY, "--recipe", "ade20k"], "--recipe ade20k is for fine-tuning"),
         ([*data, *TINY, "--head", "upernet", "--depth", 2], "needs at least 3 blocks"),
         ([*data, *TINY, "--init-from", finished], "does not fit the weights of --init-from"),
         (["--data", photos, "--device", "cpu"], "classes.txt is missing"),

@@ -189,6 +189,9 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     (tmp_path / "gqa").mkdir()
     (tmp_path / "gqa" / "config.json").write_text(
         '{"num_hidden_layers": 9, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 8}')
+    llama(tmp_path / "gemma", model_type="gemma")
+    state = llama(tmp_path / "part")
+    torch.save({name: value for name, value in state.items() if "layers.1.input" not in name}, tmp_path / "part" / "a.bin")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('["hidden_size"]')
     for more, said in [
@@ -196,10 +199,13 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
         (["--step", "vit"], "has swiglu True, this model False"),
         (["--step", "rmsnorm"], "has cls_last True, this model False"),
         (["--size", "small"], "the larger model has 192 and this one 384"),
+        (["--width", 128, "--heads", 4, "--select", "aligned"], "the larger model has 3 heads of 64 channels, this one 4 of 32"),
         (["--patch-size", 4], "has patch_size 8, this model 4"),
         (["--init-from", tmp_path / "llama"], "holds neither *.safetensors nor *.bin"),
         (["--init-from", tmp_path / "llama", "--depth", 4], "has 3 layers, this model 4"),
         (["--init-from", tmp_path / "gqa"], "shares keys and values between heads"),
+        (["--init-from", tmp_path / "gemma"], "is another model than LLaMA"),
+        (["--init-from", tmp_path / "part"], "lacks model.layers.1.input_layernorm.weight: download all of its files"),
         (["--init-from", tmp_path / "odd"], "is not that of LLaMA 2"),
         (["--init-from", tmp_path / "nowhere"], "no checkpoint at"),
     ]:

@@ -71,6 +71,7 @@ def test_bad_input_is_refused(photos, monkeypatch, capsys):
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))               # parts are added to it
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
     assert "must be at least 1" in refused(transfer, ["--seeds", 0], capsys)
-    assert "--data shapes is not supported" in refused(transfer, ["--data", "shapes"], capsys)
+    assert "have no parts: use cifar10" in refused(transfer, ["--data", "shapes"], capsys)
+    assert "have no parts: use cifar10" in refused(transfer, ["train", *SMALL, "--data", "shapes:first"], capsys)
     flags = ["train", *SMALL, "--data", f"{photos}:half"]
     assert "is no part of a data set: give NAME:first" in refused(transfer, flags, capsys)
