@@ -76,6 +76,8 @@ def rung_of(row):
     """The rung that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
     size = ("width", "depth", "heads")
     changes = {name: value for name, value in row.get("overrides", {}).items() if name not in size}
+    if row["step"] not in STEPS:
+        return row["step"]
     other = f"{row['step']} {changes}" if changes else row["step"]
     return next((rung for rung in RUNGS if CHANGES[rung] == dict(step=row["step"]) | changes), other)
 
