@@ -63,6 +63,9 @@ def test_what_the_readme_says_that_commands_print_is_what_they_printed():
     assert (f"{image[:2].mean():.0f} points in the upper quarter of the image, none in the lower half; {window[:8].mean():.1f} in the "
             "upper half of a window, none below") in downstream
     assert abs(image[4:].mean()) < 0.5 and window[8:].mean() < 0
+    cost = report.plus_minus(report.longer_costs())
+    assert f"the mask costs {cost} points" in text and f"and {cost[:3]} points after 20" in text and f"[{cost[:3]} points after 20 epochs]" in downstream
+    assert min(report.longer_costs()) > 0
     rates = {row["model"]: row["images_per_s"] for row in report.rows("bench_model/mask")
              if row["img_size"] == 1024 and row["training"]}
     assert f"at 4,097 tokens `causal` trains [{rates['causal'] / rates['bidirectional']:.1f} times as fast]" in text
