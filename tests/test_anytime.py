@@ -51,7 +51,8 @@ def test_rows_that_are_not_read_do_not_matter():
         model, images = build(rung), hashed_images(2)
         images[1, :, :16], images[1, :, 16:] = images[0, :, :16], 0
         one, other = on_rows(model, images, 2)
-        assert torch.equal(one, other) and not torch.allclose(*model(images))
+        torch.testing.assert_close(one, other)           # places in a batch may round differently
+        assert not torch.allclose(*model(images))
 
 
 @torch.no_grad()
