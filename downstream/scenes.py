@@ -55,12 +55,13 @@ class AnnotatedFolder(Dataset):
 
     def __getitem__(self, index):
         name = Path(self.names[index].item())
-        image = check_shape(read_image(self.images / name), self.images / name)
+        image = read_scene(self.images / name)
         return image, read_annotation(self.annotations / f"{name.stem}.png", image.size, len(self.classes))
 
 
-def check_shape(image, path):
-    """The image. ValueError if its longer side would take gigabytes once the shorter one is resized."""
+def read_scene(path):
+    """read_image(), and a ValueError if the longer side would take gigabytes once the shorter one is resized."""
+    image = read_image(path)
     if max(image.size) > 16 * min(image.size):
         raise ValueError(f"{path} has {image.width} x {image.height} pixels, longer than 16:1: cut or remove it")
     return image

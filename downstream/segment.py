@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from data import eval_batches, loader, printable, read_image, seed_of, shorten, train_batches
-from downstream.scenes import SPLITS, Annotated, check_shape, eval_transform, open_scenes, train_transform
+from data import eval_batches, loader, printable, seed_of, shorten, train_batches
+from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, read_scene, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
 from eval import (DEVICES, DTYPES, Parser, default_workers, local_rank_0_first, nonempty, on_rank_0, report_errors, say,
                   setup, shut_down, stop, stop_on_signals)
@@ -381,7 +381,7 @@ def evaluate_run(argv):
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
-        image, file = check_shape(read_image(args.image), args.image), args.draw or "segmentation.png"
+        image, file = read_scene(args.image), args.draw or "segmentation.png"
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if rank == 0:

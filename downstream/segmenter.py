@@ -169,12 +169,18 @@ def slide(model, image):
 def predict(model, image, short_side, scales=(1,), flip=False):
     """Probabilities (classes, H, W) of an image, uint8 (3, H, W), resized to `short_side` times each of the scales, at
     least to a window: the mean over scales, and with `flip` over horizontal flips too."""
-    def view(scale, flipped):
+    total = 0
+    for scale in scales:
         scaled = TF.resize(image, max(model.backbone.cfg.img_size, round(scale * short_side)))
-        logits = slide(model, scaled.flip(-1)).flip(-1) if flipped else slide(model, scaled)
-        return resize(logits[None], image.shape[1:])[0].softmax(0)
-    views = [(scale, flipped) for scale in scales for flipped in ((False, True) if flip else (False,))]
-    return sum(view(*each) for each in views) / len(views)
+        total = total + probabilities(slide(model, scaled), image)
+        if flip:
+            total = total + probabilities(slide(model, scaled.flip(-1)).flip(-1), image)
+    return total / (len(scales) * (1 + flip))
+
+
+def probabilities(logits, image):
+    """Logits (classes, h, w) at the resolution of an image, as probabilities."""
+    return resize(logits[None], image.shape[1:])[0].softmax(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
