@@ -305,6 +305,8 @@ def setup(device="auto", dtype="auto"):
         raise ValueError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype == "float16" and device != "cuda":
         raise ValueError(f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 or float32")
+    if dtype == "float32":               # torch's default: convolutions in TF32 on GPUs that have it, matrix multiplications not
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)

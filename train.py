@@ -90,9 +90,10 @@ SMALL_DATA = Recipe(  # images of about 32 pixels, minutes on a CPU
     soft_mask_schedule="linear", soft_mask_epochs=1)
 
 # What the published runs have in common, and how the rungs of the published ladder below the last were trained.
-# Evidence: the released scripts or, where a comment says so, the launch scripts in their repository's first commit
-# (github.com/techmonsterwang/iLLaMA, d27201c). Learning rates, masks, decay and drop path also follow from the logs.
-# Micro-batches are those of 8 GPUs, of 4 for "transfer"; others give the same run, but for which images are mixed.
+# Evidence: Tables 12 to 14 of the paper and the released scripts or, where a comment says so, the launch scripts in
+# their repository's first commit (github.com/techmonsterwang/iLLaMA, d27201c). Learning rates, masks, decay and drop
+# path also follow from the logs. Micro-batches are those of 8 GPUs, of 4 for transfer to CIFAR; others give the same
+# run, but for which images are mixed.
 BASIC = Recipe(
     img_size=224, patch_size=16, epochs=300, batch_size=4096, micro_batch=128,
     lr=4e-3, min_lr=1e-6, warmup_epochs=50, weight_decay=0.05, clip_grad=0.0, drop_path=0.0,
@@ -103,7 +104,7 @@ IN21K = replace(  # launch scripts l6 and l9, which leave mixup and cutmix at th
 TUNE = replace(  # launch scripts nft3, nft11, hft11, hft12, hft18; no mixup or CutMix, as the logged accuracies confirm
     BASIC, epochs=30, batch_size=512, micro_batch=32, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
 TUNE_384 = replace(TUNE, img_size=384, micro_batch=16)
-TRANSFER = replace(  # launch scripts r22 to r27, for 4 GPUs; of their soft masks (linear or constant) the first
+TRANSFER = replace(  # to CIFAR-10: the paper's Table 16; what it leaves out, from launch scripts r22 to r27, for 4 GPUs
     BASIC, batch_size=1024, micro_batch=256, lr=2e-3, soft_mask_schedule="linear", soft_mask_epochs=25)
 
 RECIPES = {
@@ -121,10 +122,12 @@ RECIPES = {
     "large-in21k-224": replace(TUNE, lr=6e-5, drop_path=0.3),
     "large-in21k-384": replace(TUNE_384, lr=3.5e-5, drop_path=0.3),
     "transfer": TRANSFER,
+    "transfer-cifar100": replace(TRANSFER, soft_mask_epochs=50),
+    # Flowers-102 is not in the paper; its launch scripts try soft masks of 25 to 100 epochs
     "transfer-flowers": replace(TRANSFER, epochs=600, warmup_epochs=100, batch_size=512, micro_batch=64),
 }
 TUNING = ("base-384", "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384", "transfer",
-          "transfer-flowers")                # start from weights
+          "transfer-cifar100", "transfer-flowers")                # start from weights
 
 
 @dataclass
@@ -427,6 +430,8 @@ def batch_line(run, recipe, recipes, world, micro_batch):
 def device_line(run, machine, device):
     threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     extras = ", compiled" * machine.compile + ", activation checkpointing" * machine.recompute
+    if device.type == "cuda" and run.dtype == "float32":
+        extras = f", TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}{extras}"
     return f"device  {device.type}{threads}, {run.dtype}{extras}"
 
 

@@ -98,25 +98,62 @@ def test_the_schedules_are_those_of_the_published_logs(name):
 def test_there_is_a_recipe_for_each_published_run():
     assert list(RECIPES) == ["small-data", "basic", "tiny", "small", "base", "base-384", "base-in21k", "large-in21k",
                              "base-in21k-224", "base-in21k-384", "large-in21k-224", "large-in21k-384",
-                             "transfer", "transfer-flowers"]
-    published = [(r.img_size, r.epochs, r.batch_size, r.lr, r.weight_decay, r.drop_path, r.mixup, r.cutmix)
-                 for r in RECIPES.values()][1:]
-    assert published == [
-        (224, 300, 4096, 4e-3, .05, 0, .8, 1), (224, 300, 4096, 4e-3, .05, 0, .1, .1),
-        (224, 300, 4096, 4e-3, .05, .1, .5, .5), (224, 300, 4096, 4e-3, .05, .4, .95, 1),
-        (384, 30, 512, 8e-5, 1e-8, .8, 0, 0),
-        (224, 90, 4096, 1e-3, .01, .1, .8, 1), (224, 90, 4096, 1e-3, .01, .1, .8, 1),
-        (224, 30, 512, 8e-5, 1e-8, .2, 0, 0), (384, 30, 512, 1.1e-4, 1e-8, .2, 0, 0),
-        (224, 30, 512, 6e-5, 1e-8, .3, 0, 0), (384, 30, 512, 3.5e-5, 1e-8, .3, 0, 0),
-        (224, 300, 1024, 2e-3, .05, 0, .8, 1), (224, 600, 512, 2e-3, .05, 0, .8, 1)]
+                             "transfer", "transfer-cifar100", "transfer-flowers"]
+    assert train.TUNING == tuple(name for name in RECIPES if name.startswith("transfer") or name[-4:] in ("-224", "-384"))
     for name, recipe in list(RECIPES.items())[1:]:
         assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
-        assert recipe.min_lr == 1e-6 and recipe.patch_size == 16 and train.split_batch(recipe, 4 if name == "transfer" else 8, strict=True)
+        assert recipe.min_lr == 1e-6 and recipe.patch_size == 16
+        assert train.split_batch(recipe, 4 if name in ("transfer", "transfer-cifar100") else 8, strict=True)
+
+
+# Tables 12 to 14 and 16 of the paper. Of the last one only what it gives: no weight decay, mixup or CutMix.
+PAPER = ("img_size", "epochs", "batch_size", "warmup_epochs", "lr", "drop_path", "soft_mask_schedule", "soft_mask_epochs",
+         "weight_decay", "mixup", "cutmix")
+TABLES = {
+    "basic": (224, 300, 4096, 50, 4e-3, 0, "constant", 0, .05, .8, 1),                       # Table 12, size T
+    "tiny": (224, 300, 4096, 5, 4e-3, 0, "constant", 50, .05, .1, .1),                       # Table 13
+    "small": (224, 300, 4096, 5, 4e-3, .1, "linear", 50, .05, .5, .5),
+    "base": (224, 300, 4096, 50, 4e-3, .4, "linear", 25, .05, .95, 1),
+    "base-in21k": (224, 90, 4096, 5, 1e-3, .1, "constant", 30, .01, .8, 1),
+    "large-in21k": (224, 90, 4096, 5, 1e-3, .1, "constant", 30, .01, .8, 1),
+    "base-384": (384, 30, 512, 0, 8e-5, .8, "constant", 0, 1e-8, 0, 0),                      # Table 14
+    "base-in21k-224": (224, 30, 512, 0, 8e-5, .2, "constant", 0, 1e-8, 0, 0),
+    "large-in21k-224": (224, 30, 512, 0, 6e-5, .3, "constant", 0, 1e-8, 0, 0),
+    "base-in21k-384": (384, 30, 512, 0, 1.1e-4, .2, "constant", 0, 1e-8, 0, 0),
+    "large-in21k-384": (384, 30, 512, 0, 3.5e-5, .3, "constant", 0, 1e-8, 0, 0),
+    "transfer": (224, 300, 1024, 50, 2e-3, 0, "linear", 25),                                 # Table 16
+    "transfer-cifar100": (224, 300, 1024, 50, 2e-3, 0, "linear", 50),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_recipes_are_those_of_the_papers_tables(name):
+    assert [getattr(RECIPES[name], field) for field in PAPER[:len(TABLES[name])]] == list(TABLES[name])
+
+
+def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in flags]
+    try:
+        for backend in flags:
+            backend.allow_tf32 = True
+        evaluation.setup("cpu", "bfloat16")
+        assert all(backend.allow_tf32 for backend in flags)                  # left as they were
+        evaluation.setup("cpu", "float32")
+        assert not any(backend.allow_tf32 for backend in flags)
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        line = train.device_line(train.Run(dtype="float32"), train.Machine(compile=True), gpu)
+        assert line == "device  cuda, float32, TF32 off, compiled"
+        assert "TF32" not in train.device_line(train.Run(dtype="bfloat16"), train.Machine(), gpu)
+        assert "TF32" not in train.device_line(train.Run(dtype="float32"), train.Machine(), cpu)
+    finally:
+        for backend, allowed in zip(flags, before):
+            backend.allow_tf32 = allowed
 
 
 @pytest.mark.parametrize("flags, name, drop_path, dtype", [
     ([], "tiny", 0, "float32"), (["--size", "base"], "base", 0.4, "float32"), (["--step", "vit"], "basic", 0, "float32"),
-    (["--step", "vit", "--size", "small"], "basic", 0.1, "float32"),
+    (["--step", "vit", "--size", "small"], "basic", 0.1, "float32"), (["--step", "vit", "--size", "base"], "basic", 0.4, "float32"),
     (["--step", "abs_pos", "--size", "base", "--drop-path", "0.2"], "basic", 0.2, "float32"),
     (["--recipe", "small-data"], "small-data", 0, "auto"), (["--dtype", "bfloat16"], "tiny", 0, "bfloat16"),
     (["--size", "large", "--recipe", "large-in21k-384", "--init-from", "a.pt"], "large-in21k-384", 0.3, "float32")])
@@ -461,13 +498,18 @@ def test_a_linear_probe_trains_head_and_last_norm_alone_and_resumes(photos, fini
     assert equal(load(tmp_path / "run" / "last.pt"), alone)
 
 
-def test_the_transfer_recipes_start_the_soft_mask_again_for_any_size():
+@pytest.mark.parametrize("name, epochs", [("transfer", 25), ("transfer-cifar100", 50)])
+def test_the_transfer_recipes_start_the_soft_mask_again_for_any_size(name, epochs):
     for size in ("tiny", "base"):
-        flags = ["--data", "cifar100", "--size", size, "--recipe", "transfer", "--init-from", "a.pt"]
+        flags = ["--data", "cifar100", "--size", size, "--recipe", name, "--init-from", "a.pt"]
         made, recipe, cfg = train.resolve(train.parse_flags(flags), None)
         assert (cfg.img_size, cfg.mask, made.dtype) == (224, "soft", "auto")
-        assert [soft_mask_at(i, recipe, 97) for i in (0, 25 * 97 - 1, 25 * 97)] == [1, 0, 0]
-    assert replace(recipe, epochs=600, warmup_epochs=100, batch_size=512, micro_batch=64) == RECIPES["transfer-flowers"]
+        assert [soft_mask_at(i, recipe, 97) for i in (0, epochs * 97 - 1, epochs * 97)] == [1, 0, 0]
+
+
+def test_the_recipe_for_flowers_is_that_of_cifar_for_longer():
+    recipe = replace(RECIPES["transfer"], epochs=600, warmup_epochs=100, batch_size=512, micro_batch=64)
+    assert recipe == RECIPES["transfer-flowers"]
 
 
 def test_weights_of_another_architecture_are_refused(photos, finished, tmp_path, capsys):
