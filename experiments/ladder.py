@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import open_data
@@ -28,33 +28,40 @@ FLAGS = ("--size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of the results: what it changes, the rung that it is compared with, and the published figure."""
+    """A row of the results: what it changes, the rung that it is compared with, and what the paper reports for it."""
     what: str
     against: str = ""
-    published: float | None = None   # the authors' ImageNet top-1 at size T, %
-    flags: str = ""                  # default: --step and its name
+    flags: str = ""                       # default: --step and its name
+    published: float | None = None        # ImageNet top-1 at size T, %
+    published_loss: float | None = None   # training loss at size T
+    published_base: float | None = None   # the same at size B
+    published_base_loss: float | None = None
 
 
 RUNGS = {
-    "vit": Rung("the vision transformer", published=73.9),
-    "swiglu": Rung("SwiGLU instead of the GELU MLP", "vit", 74.3),
-    "rmsnorm": Rung("RMSNorm instead of LayerNorm", "swiglu", 74.5),
+    "vit": Rung("the vision transformer"),
+    "swiglu": Rung("SwiGLU instead of the GELU MLP", "vit"),
+    "rmsnorm": Rung("RMSNorm instead of LayerNorm", "swiglu"),
     "causal": Rung("causal mask, class token first: **collapse**", "rmsnorm"),
-    "ps_cls": Rung("post-sequence class token", "rmsnorm", 71.9),
-    "rope": Rung("RoPE instead of learned positions", "ps_cls", 72.6),
-    "abs_pos": Rung("learned positions as well", "rope", 73.2),
-    "soft_mask": Rung("soft mask: **iLLaMA**", "abs_pos", 75.0),
+    "ps_cls": Rung("post-sequence class token", "rmsnorm"),
+    "rope": Rung("RoPE instead of learned positions", "ps_cls"),
+    "abs_pos": Rung("learned positions as well", "rope"),
+    "soft_mask": Rung("soft mask: **iLLaMA**", "abs_pos"),
     # Variants
-    "modified": Rung("class token first, and it alone attends to all", "rmsnorm",
-                     flags="--step rmsnorm --mask modified"),
+    "modified": Rung("class token first, and it alone attends to all", "rmsnorm", "--step rmsnorm --mask modified"),
     "rope_alone": Rung("RoPE instead of learned positions, no causal mask", "rmsnorm",
-                       flags="--step rmsnorm --rope --no-abs-pos"),
+                       "--step rmsnorm --rope --no-abs-pos"),
     "soft_first": Rung("class token first, `soft` at alpha 0 from the start: the **leak**", "causal",
-                       flags="--step rmsnorm --mask soft --soft-mask-epochs 0"),
+                       "--step rmsnorm --mask soft --soft-mask-epochs 0"),
     "soft_constant": Rung("alpha 1 for an epoch, then 0 at once", "soft_mask",
-                          flags="--step soft_mask --soft-mask-schedule constant"),
-    "soft_log": Rung("a soft mask that does not leak", "soft_mask", flags="--step soft_mask --mask soft_log"),
+                          "--step soft_mask --soft-mask-schedule constant"),
+    "soft_log": Rung("a soft mask that does not leak", "soft_mask", "--step soft_mask --mask soft_log"),
 }
+PUBLISHED = [json.loads(line) for line in (ROOT / "results" / "published-tables.jsonl").read_text().splitlines()]
+for row in PUBLISHED:                     # Table 17, and Table 1 for `modified`
+    if row["row"] in RUNGS:
+        RUNGS[row["row"]] = replace(RUNGS[row["row"]], published=row["tiny"], published_loss=row["tiny_loss"],
+                                    published_base=row["base"], published_base_loss=row["base_loss"])
 
 
 def flags_of(rung):

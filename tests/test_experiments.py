@@ -11,7 +11,8 @@ import pytest
 
 import train
 from conftest import ROOT, SMALL
-from experiments import report
+from experiments import report, results
+from experiments.ladder import PUBLISHED, RUNGS
 
 
 def ladder(tmp_path, data, seeds, epochs=2, wait=True):
@@ -80,21 +81,21 @@ def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("degrees, share, expected", [          # from tables of Student's t
     (10, 0.95, 2.2281), (22, 0.95, 2.0739), (60, 0.95, 2.0003), (18, 0.99, 2.8784), (20, 1 - 0.05 / 11, 3.1966)])
 def test_quantiles_are_those_of_students_t(degrees, share, expected):
-    assert report.quantile_of_t(degrees, share) == pytest.approx(expected, abs=5e-3)
+    assert results.quantile_of_t(degrees, share) == pytest.approx(expected, abs=5e-3)
 
 
 def test_noise_is_what_neither_rung_nor_seed_explains():
     seeds, noise = [0, 3, -1], [[0.1, -0.2, 0.1], [-0.1, 0.2, -0.1]]         # rows and columns sum to 0
     found = {rung: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, rung in enumerate(("vit", "swiglu"))}
     squares, degrees = 0.12, 2
-    error, freedom = report.standard_error(found | {"causal": [10, 10, 10]})
+    error, freedom = results.standard_error(found | {"causal": [10, 10, 10]})
     assert error == pytest.approx((squares / degrees * 2 / 3) ** 0.5) and freedom == degrees
 
 
 def test_many_comparisons_are_corrected_for_from_the_largest_down():
     def significant(*changes):
-        return report.significant(dict(enumerate(changes)), 1.0, 10)
-    bounds = [report.quantile_of_t(10, 1 - 0.05 / left) for left in (3, 2, 1)]
+        return results.significant(dict(enumerate(changes)), 1.0, 10)
+    bounds = [results.quantile_of_t(10, 1 - 0.05 / left) for left in (3, 2, 1)]
     assert significant(-bounds[0] - 0.01, bounds[1] + 0.01, bounds[2] + 0.01) == {0, 1, 2}
     assert significant(bounds[0] - 0.01, bounds[1] + 0.01, 0) == set()       # the largest fails, so all do
     assert significant(9, bounds[1] - 0.01, bounds[2] + 0.01) == {0} and significant(bounds[2] + 0.01) == {0}
@@ -105,22 +106,53 @@ def test_many_comparisons_are_corrected_for_from_the_largest_down():
     ("soft_mask", dict(depth=4, mask="soft_log"), "soft_log"), ("rmsnorm", dict(heads=3), "rmsnorm"),
     ("rmsnorm", dict(mask="soft"), "rmsnorm {'mask': 'soft'}")])
 def test_a_row_is_filed_under_its_rung_by_what_it_changes(step, overrides, rung):
-    assert report.rung_of(dict(step=step, overrides=overrides)) == rung
+    assert results.rung_of(dict(step=step, overrides=overrides)) == rung
 
 
 def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(monkeypatch):
     def row(rung, seed, accuracy, epoch=2):
-        return dict(step=rung, seed=seed, test_acc1=accuracy, epoch=epoch)
+        return dict(step=rung, seed=seed, test_acc1=accuracy, train_loss=1.5, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1, 0]
-    means = dict.fromkeys(report.RUNGS, 55) | dict(vit=50, causal=10, modified=55.1)
+    means = dict.fromkeys(RUNGS, 55) | dict(vit=50, causal=10, modified=55.1)
     table = [row(rung, seed, mean + seed + wobble[i] * (1 - 2 * seed))
              for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
     shorter = [row(rung, seed, 30, epoch=1) for rung in means for seed in (0, 1, 2)]
     table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one rung
-    monkeypatch.setattr(report, "rows", lambda name: table)
+    monkeypatch.setattr(results, "rows", lambda name: table)
     lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
-    assert "| the vision transformer | 50.5 ± 0.6 |  | 73.9 |" in lines["| `vit`"]
-    assert "| **+5.0** | 74.3 |" in lines["| `swiglu`"] and "| +0.0 | 74.5 |" in lines["| `rmsnorm`"]
-    assert "| `rmsnorm` | +0.1 |" in lines["| `rmsnorm --mask modified`"] and "| **-45.0** |" in lines["| `causal`"]
-    assert "| +0.0 ³ | 71.9 |" in lines["| `ps_cls`"]                          # not compared with the row above it
-    assert "corrected for the 12 comparisons of both tables by Holm's" in report.results_table()
+    assert "|  | 50.5 ± 0.6 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
+    assert "| **+5.0** |" in lines["| `swiglu`"] and "| +0.0 |" in lines["| `rmsnorm`"]
+    assert "| +0.1 |" in lines["| `rmsnorm --mask modified`"]
+    assert "| **-45.0** | 1.500 | 0.1 |  | 0.1 |  |" in lines["| `causal`"]
+
+
+def test_what_is_significant_without_vit_alone_is_set_apart(monkeypatch):
+    means = dict.fromkeys(RUNGS, 55) | dict(ps_cls=57, causal=10, soft_first=10)
+    wobble = [0.1, -0.1, 0.05, -0.05, 0.1, -0.1, 0, 0.05, -0.05, 0.1, -0.1, 0, 0.05]
+    accuracies = {rung: [mean + seed * wobble[i] for seed in (-1, 0, 1)] for i, (rung, mean) in enumerate(means.items())}
+    accuracies["vit"] = [58, 55, 52]                                     # against all others
+    monkeypatch.setattr(results, "rows", lambda name: [
+        dict(step=rung, seed=seed, test_acc1=value, train_loss=1, epoch=2)
+        for rung, values in accuracies.items() for seed, value in enumerate(values)])
+    changes, with_vit, without_vit = results.comparisons()
+    assert changes["ps_cls"] == pytest.approx(2) and "ps_cls" not in with_vit and "ps_cls" in without_vit
+    assert "swiglu" in changes and "swiglu" not in without_vit
+    assert "| *+2.0* |" in report.results_table()
+
+
+def test_the_ladder_holds_what_the_paper_reports_of_both_sizes():
+    """Table 17, and Table 1 for the modified mask."""
+    published = {rung: (row.published, row.published_base) for rung, row in RUNGS.items() if row.published}
+    assert published == dict(
+        vit=(73.8, 81.5), swiglu=(74.3, 82.0), rmsnorm=(74.5, 81.7), causal=(0.1, 0.1), ps_cls=(71.9, 80.6), rope=(72.6, 81.2),
+        abs_pos=(73.2, 81.2), soft_mask=(75.0, 81.6), modified=(72.5, 80.4))
+    losses = {rung: (row.published_loss, row.published_base_loss) for rung, row in RUNGS.items() if row.published_loss}
+    assert losses == dict(
+        vit=(3.451, 2.828), swiglu=(3.407, 2.724), rmsnorm=(3.406, 2.721), ps_cls=(3.599, 2.869), rope=(3.618, 2.861),
+        abs_pos=(3.531, 2.839), soft_mask=(2.955, 2.828), modified=(3.550, 2.857))
+
+
+def test_every_published_row_says_where_it_stands_in_the_paper():
+    places = [(row["source"], row["row"]) for row in PUBLISHED]
+    assert len(set(places)) == len(places)
+    assert all(re.fullmatch(r"(Table|Figure) \d+", source) for source, _ in places)

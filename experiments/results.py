@@ -1,0 +1,162 @@
+"""The rows in results/, by what was run; and which of their differences are more than noise.
+
+ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
+those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
+leak.jsonl those of figures.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
+of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl,
+transfer.jsonl and select.jsonl rows of the programs of these names there. Other NAME.jsonl are the metrics.jsonl of the
+run NAME as it was left; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in
+benchmarks/. published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best
+epoch of each of the authors' logs whose weights are published.
+"""
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+from downstream.transfer import RUNGS as TRANSFER_RUNGS
+from experiments.ladder import RUNGS, flags_of
+from model import STEPS
+from train import parse_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By rung and seed
+
+
+CHANGES = {rung: parse_flags(flags_of(rung).split()) for rung in RUNGS}
+
+
+def rung_of(row):
+    """The rung that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
+    size = ("width", "depth", "heads")
+    changes = {name: value for name, value in row.get("overrides", {}).items() if name not in size}
+    if row["step"] not in STEPS:
+        return row["step"]
+    other = f"{row['step']} {changes}" if changes else row["step"]
+    return next((rung for rung in RUNGS if CHANGES[rung] == dict(step=row["step"]) | changes), other)
+
+
+def by_rung(name, key="test_acc1", **fields):
+    """{rung: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
+    found = {}
+    for row in rows(name):
+        if all(row[field] == value for field, value in fields.items()):
+            found.setdefault(rung_of(row), {})[row["seed"]] = row[key]
+    return found
+
+
+def seeds_of(name, key, step):
+    return list(by_rung(name, key)[step].values())
+
+
+def climbed(key="test_acc1"):
+    """{rung: values} of the longest runs that there are of every rung, by the seeds that all rungs have; and their
+    epochs."""
+    for last in sorted({row["epoch"] for row in rows("ladder")}, reverse=True):
+        found = by_rung("ladder", key, epoch=last)
+        seeds = sorted(set.intersection(*(set(values) for values in found.values())))
+        if found.keys() >= RUNGS.keys() and len(seeds) > 1:
+            return {rung: [found[rung][seed] for seed in seeds] for rung in RUNGS}, last + 1
+    raise ValueError("ladder.jsonl has no two seeds of every rung: run python -m experiments.ladder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which differences are more than noise
+
+
+def quantile_of_t(degrees, fraction=0.95):
+    """Within how many standard errors a fraction of Student's t distribution lies, by Fisher's expansion."""
+    z = NormalDist().inv_cdf((1 + fraction) / 2)
+    return (z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+            + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * degrees ** 3))
+
+
+def standard_error(found):
+    """(standard error of the difference of two rungs' means, degrees of freedom), in a design of rungs x seeds.
+
+    A seed fixes the order of the images and their crops, and so moves all rungs together; what is left of a run when
+    its rung's and its seed's means are taken out is the noise. Rungs whose class token is blind have another, or none.
+    """
+    runs = [values for rung, values in found.items() if rung not in ("causal", "soft_first")]
+    seeds = len(runs[0])
+    means = [fmean(values[seed] for values in runs) for seed in range(seeds)]
+    left = [value - fmean(values) - mean + fmean(means) for values in runs for value, mean in zip(values, means)]
+    degrees = (len(runs) - 1) * (seeds - 1)
+    return math.sqrt(sum(x ** 2 for x in left) / degrees * 2 / seeds), degrees
+
+
+def significant(changes, error, degrees, level=0.05):
+    """Those of the changes {rung: difference} that are not noise, by Holm's step-down procedure: the probability that
+    any of them is called so wrongly is at most `level`."""
+    found = set()
+    for tested, rung in enumerate(sorted(changes, key=lambda rung: -abs(changes[rung]))):
+        if abs(changes[rung]) <= quantile_of_t(degrees, 1 - level / (len(changes) - tested)) * error:
+            break
+        found.add(rung)
+    return found
+
+
+def comparisons():
+    """{rung: its difference to the rung that it is compared with}; which of them are significant; and which are if `vit`
+    is left out of the comparisons and of the estimate of the noise."""
+    found, _ = climbed()
+    changes = {rung: fmean(found[rung]) - fmean(found[row.against]) for rung, row in RUNGS.items() if row.against}
+    others = {rung: values for rung, values in found.items() if rung != "vit"}
+    among = {rung: change for rung, change in changes.items() if RUNGS[rung].against != "vit"}
+    return changes, significant(changes, *standard_error(found)), significant(among, *standard_error(others))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other runs
+
+
+CIFAR = "python train.py --data cifar10"
+RUNS = {  # name: what it is, and the command that makes it again
+    "shapes-tiny": ("`shapes`, iLLaMA-T, patch 8", "torchrun train.py --size tiny"),
+    "cifar10-nano": ("CIFAR-10, 6 blocks 128 wide, patch 4",
+                     f"{CIFAR} --size nano --depth 6 --patch-size 4 --epochs 7 --batch-size 128 --lr 2e-3 "
+                     "--dtype bfloat16 --compile"),
+    "cifar10-tiny": ("CIFAR-10, iLLaMA-T, patch 8",
+                     f"{CIFAR} --size tiny --epochs 11 --batch-size 128 --lr 1e-3 --dtype bfloat16 --compile"),
+}
+READ = {  # name of the runs, less their seed: how they were trained
+    "causal-3": "causal, whole images, 3 epochs", "prefixes-3": "causal, prefixes, 3 epochs",
+    "bidirectional-3": "bidirectional, prefixes, 3 epochs", "prefixes-10": "causal, prefixes, 10 epochs"}
+SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)"}
+STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
+TRANSFERRED = {step: SEGMENTED[step] for step in TRANSFER_RUNGS}
+
+
+def read_by(name, key):
+    """What each seed of such runs has."""
+    return [row[key] for row in rows("anytime") if row["run"].rpartition("-")[0] == name]
+
+
+def segmented(name, step, pretrained):
+    """The rows of downstream.segment or downstream.where of a rung, a seed each, from CIFAR-10's weights or without."""
+    return [row for row in rows(name) if row["step"] == step and bool(row["init_from"]) == pretrained]
+
+
+def transferred(start, step, percent):
+    """Top-1 of each seed's run of downstream.transfer."""
+    found = {row["seed"]: row["test_acc1"] for row in rows("transfer")
+             if (row["start"], row["step"], row.get("percent")) == (start, step, percent)}
+    return [found[seed] for seed in sorted(found)]
+
+
+def selected(start):
+    """Top-1 after each epoch, of each seed's run of downstream.select."""
+    return [row["acc1_by_epoch"] for row in sorted(rows("select"), key=lambda row: row["seed"]) if row["start"] == start]
+
+
+def measured(run):
+    """The rows of one run of bench_model.py: {(model, dtype, compiled, img_size, batch_size): row}."""
+    return {tuple(row[key] for key in ("model", "dtype", "compiled", "img_size", "batch_size")): row
+            for row in rows(f"bench_model/{run}")}
