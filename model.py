@@ -155,7 +155,7 @@ def rope_table(tokens, dim, theta=10000.0):
 def rotate(x, table):
     """Rotate each pair of adjacent channels by its token's angle, as LLaMA does.
 
-    The product of a query and a key then depends on their relative position only. x: (..., N, d), table: (2, N, d).
+    A query's product with a key depends on positions only through their difference. x: (..., N, d), table: (2, N, d).
     (a + ib) * (cos + i sin) in real numbers, (a, b) * cos + (b, a) * (-sin, sin), computed in float32.
     """
     cos, sin = table                                                 # N, d

@@ -11,31 +11,12 @@ import torch
 
 import model
 from downstream.transfer import PERCENT
-from experiments.ladder import PUBLISHED, RUNGS, title_of
+from experiments.ladder import RUNGS, title_of
+from experiments.paper import paper_table
 from experiments.properties import multiply_accumulates, singular_values_for
-from experiments.results import (READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_rung, climbed, comparisons, measured,
-                                 read_by, rows, seeds_of, segmented, selected, transferred)
+from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_rung, climbed, comparisons, means,
+                                 measured, percent, plus_minus, read_by, rows, seeds_of, segmented, selected, table, transferred)
 from model import VisionTransformer, config
-
-
-def plus_minus(values, digits=1):
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
-
-
-def percent(values, whole=1):
-    return [100 * value / whole for value in values]
-
-
-def cell(value):
-    """Text as it is; a number of each seed as mean ± standard deviation."""
-    return value if isinstance(value, str) else plus_minus(value)
-
-
-def table(head, body, left=1):
-    """A table in Markdown. `head` names its columns; all but the first `left` ones hold numbers."""
-    columns = head.split(" | ")
-    rule = ["---"] * left + ["--:"] * (len(columns) - left)
-    return "\n".join([f"| {head} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(map(cell, row))} |" for row in body)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,64 +64,6 @@ def results_table():
                  "| B: top-1 | train loss", body, left=3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's figures, and ours beside them
-
-
-def means(*columns, digits=1):
-    """The mean over seeds of each column."""
-    return " / ".join(f"{fmean(seeds):.{digits}f}" for seeds in columns)
-
-
-def paper_table():
-    top1, train, test = (climbed(key)[0] for key in ("test_acc1", "train_loss", "test_loss"))
-    with torch.device("meta"):
-        models = [VisionTransformer(config(size)) for size in ("tiny", "small", "base", "large")]
-    parameters = " / ".join(f"{sum(p.numel() for p in each.parameters()) / 1e6:.1f}" for each in models)
-    macs = " / ".join(f"{multiply_accumulates(each.cfg)['published'] / 1e9:.1f}" for each in models)
-    ece, rank = ([seeds_of("properties", key, step) for step in MODELS] for key in ("ece", "rank_80"))
-    shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
-    starts = [[epochs[-1] for epochs in selected(start)] for start in ("uniform", "random")]
-    miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
-    schedules, soft = ["no soft mask", "linear 50", "constant 50"], ["no soft mask", "soft mask"]
-    illama, deit = ["iLLaMA-T", "iLLaMA-S", "iLLaMA-B"], ["DeiT-Ti", "DeiT-S", "DeiT-B"]
-    bits, others = ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"]
-    cifar, starting = ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], ["LLaMA2-7B, weight selection", "random weights"]
-    lines = [  # where in the paper, what, the entries there: of which rows, with how many digits; ours
-        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny", schedules, 1,
-         means(*(top1[rung] for rung in ("abs_pos", "soft_mask", "soft_constant")))),
-        ("Table 3", "the same, B", "base", schedules, 1, ""),
-        ("Table 4", "training loss without / with soft mask, T", "tiny_train", soft, 3,
-         means(train["abs_pos"], train["soft_mask"], digits=3)),
-        ("Table 4", "test loss, T", "tiny_test", soft, 3, means(test["abs_pos"], test["soft_mask"], digits=3)),
-        ("Table 4", "training loss, B", "base_train", soft, 3, ""),
-        ("Table 4", "test loss, B", "base_test", soft, 3, ""),
-        ("Table 6", "parameters in millions, T / S / B / L", "params_m", [*illama, "iLLaMA-L, IN-21K"], 1, parameters),
-        ("Table 6", "multiply-accumulates in G, T / S / B / L", "gmacs", [*illama, "iLLaMA-L, IN-21K"], 1, macs),
-        ("Table 6", "images/s on an A100, iLLaMA-T / S / B", "images_per_s", illama, 0, ""),
-        ("Table 6", "images/s on an A100, DeiT-Ti / S / B", "images_per_s", deit, 0, ""),
-        ("Table 7", "top-1 with 32 / 8 bits, T", "tiny", bits, 1,
-         means(*(seeds_of("properties", key, "soft_mask") for key in ("test_acc1", "int8_acc1")))),
-        ("Table 7", "the same, S", "small", bits, 1, ""),
-        ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece", others, 4, means(*ece, digits=4)),
-        ("Table 8", "shape decisions, %, of the same models", "shape", others, 2, means(*shape)),
-        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here ViT / iLLaMA, five classes", "cifar10",
-         cifar, 1, means(*(transferred("fine-tuning", step, 100) for step in TRANSFERRED))),
-        ("Table 9", "top-1 on CIFAR-100", "cifar100", cifar, 1, ""),
-        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"], 1, means(*miou)),
-        ("Table 10", "mIoU, ADE20K: ViT-B / iLLaMA-B", "miou", ["ViT-B", "iLLaMA-B"], 1, ""),
-        ("Table 18", "top-1 from LLaMA-2 weights / random weights, T; here from a larger iLLaMA's, 3 epochs", "tiny", starting, 1,
-         means(*starts)),
-        ("Table 18", "the same, S", "small", starting, 1, ""),
-        ("Table 18", "the same, B", "base", starting, 1, ""),
-        ("Figure 4", "singular values for 80 % in layer 1: head 1 of ViT-T / iLLaMA-T, of 197; here all heads, of 65", "rank_80",
-         ["ViT-T", "iLLaMA-T"], 0, means(*([fmean(seed[0]) for seed in seeds] for seeds in rank)))]
-    theirs = {(row["source"], row["row"]): row for row in PUBLISHED}
-    return table("paper | what | published | here", [
-        [source, what, " / ".join(f"{theirs[source, name][key]:.{digits}f}" for name in names), here]
-        for source, what, key, names, digits, here in lines], left=2)
-
-
 def published_table():
     return table("weights | parameters | epoch | top-1 | top-5 | loss", [
         [f"`{row['weights']}`", f"{row['n_parameters']:,}", str(row["epoch"]), f"{row['published_acc1']:.3f} %",
@@ -149,9 +72,6 @@ def published_table():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Properties
-
-
-MODELS = {"vit": "ViT", "soft_mask": "iLLaMA"}
 
 
 def collapse_table():
@@ -196,8 +116,9 @@ def int8_table():
     for step, name in MODELS.items():
         full, small, mb, small_mb = (seeds_of("properties", key, step)
                                      for key in ("test_acc1", "int8_acc1", "float32_mb", "int8_mb"))
-        change = plus_minus([b - a for a, b in zip(full, small)], 2)
-        body.append([name, plus_minus(full, 2), plus_minus(small, 2), change, f"{mb[0]:.2f} → {small_mb[0]:.2f} MB"])
+        change = [b - a for a, b in zip(full, small)]
+        body.append([name, plus_minus(full, 2), plus_minus(small, 2), f"{fmean(change):+.2f} ± {stdev(change):.2f}",
+                     f"{mb[0]:.2f} → {small_mb[0]:.2f} MB"])
     return table("model | float32: top-1, % | 8 bits | change | size", body)
 
 

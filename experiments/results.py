@@ -1,4 +1,4 @@
-"""The rows in results/, by what was run; and which of their differences are more than noise.
+"""The rows in results/, by what was run; which of their differences are more than noise; and how they are written.
 
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
@@ -12,7 +12,7 @@ epoch of each of the authors' logs whose weights are published.
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, stdev
 
 from downstream.transfer import RUNGS as TRANSFER_RUNGS
 from experiments.ladder import RUNGS, flags_of
@@ -129,6 +129,7 @@ RUNS = {  # name: what it is, and the command that makes it again
 READ = {  # name of the runs, less their seed: how they were trained
     "causal-3": "causal, whole images, 3 epochs", "prefixes-3": "causal, prefixes, 3 epochs",
     "bidirectional-3": "bidirectional, prefixes, 3 epochs", "prefixes-10": "causal, prefixes, 10 epochs"}
+MODELS = {"vit": "ViT", "soft_mask": "iLLaMA"}
 SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)"}
 STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
 TRANSFERRED = {step: SEGMENTED[step] for step in TRANSFER_RUNGS}
@@ -160,3 +161,32 @@ def measured(run):
     """The rows of one run of bench_model.py: {(model, dtype, compiled, img_size, batch_size): row}."""
     return {tuple(row[key] for key in ("model", "dtype", "compiled", "img_size", "batch_size")): row
             for row in rows(f"bench_model/{run}")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As text
+
+
+def plus_minus(values, digits=1):
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def percent(values, whole=1):
+    return [100 * value / whole for value in values]
+
+
+def cell(value):
+    """Text as it is; a number of each seed as mean ± standard deviation."""
+    return value if isinstance(value, str) else plus_minus(value)
+
+
+def table(head, body, left=1):
+    """A table in Markdown. `head` names its columns; all but the first `left` ones hold numbers."""
+    columns = head.split(" | ")
+    rule = ["---"] * left + ["--:"] * (len(columns) - left)
+    return "\n".join([f"| {head} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(map(cell, row))} |" for row in body)])
+
+
+def means(*columns, digits=1):
+    """The mean over seeds of each column."""
+    return " / ".join(f"{fmean(seeds):.{digits}f}" for seeds in columns)
