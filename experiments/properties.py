@@ -153,6 +153,29 @@ def attention(subject):
     return dict(logit_variance=variance, attention_to_patches=to_patches, attention=str(subject.draw))
 
 
+@torch.no_grad()
+def output_change(model, images):
+    """How far each token's output moves when the last patch is inverted: |change| / |output| in percent, N numbers.
+
+    images (B, 3, H, W), uint8; mean over them. Under an exact causal mask all tokens before that patch have 0.
+    """
+    inverted = images.clone()
+    last = slice(-model.cfg.patch_size, None)
+    inverted[..., last, last] = 255 - inverted[..., last, last]
+    before = model.forward_features(normalize(images))                                       # B, N, D
+    after = model.forward_features(normalize(inverted))
+    return (100 * (after - before).norm(dim=-1) / before.norm(dim=-1)).mean(0).tolist()
+
+
+def leak(subject):
+    """output_change() over the first ten images of each class, of at most ten classes."""
+    labels = torch.cat([labels for _, labels in subject.predictions])
+    classes = range(min(10, len(subject.source.classes)))
+    places = torch.cat([(labels == label).nonzero()[:10, 0] for label in classes])
+    images = torch.stack([subject.images()[0, place][0] for place in places.tolist()])
+    return dict(leak=output_change(subject.model, images.to(subject.device)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape or texture
 
@@ -302,6 +325,7 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
     "calibration": lambda subject: calibration(*map(torch.cat, zip(*subject.predictions))),
     "rank": lambda subject: attention_rank(subject.model, normalize(subject.sample)),
     "attention": attention,
+    "leak": leak,
     "shape_bias": shape_or_texture,
     "int8": int8,
     "macs": lambda subject: dict(macs=multiply_accumulates(subject.model.cfg)),

@@ -120,6 +120,17 @@ def test_the_collapse_shows_as_no_variance_of_the_logits_and_no_attention_to_pat
         assert (sheet[:128, 130:258] == sheet[:128, :128]).all(-1).mean() > 1 / 17
 
 
+def test_the_leak_is_0_before_the_last_patch_under_an_exactly_causal_mask_alone(photos, tmp_path, capsys):
+    for step, mask, leaks in (("ps_cls", "causal", False), ("soft_mask", "soft_log", False), ("soft_mask", "soft", True)):
+        model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"), step, mask=mask)
+        result = measured(capsys, tmp_path / "a.pt", "--measure", "leak")["leak"]
+        assert len(result) == model.cfg.tokens == 17
+        assert all((change > 0) == leaks for change in result[:15]) and min(result[15:]) > 0
+    images = [eval_transform(image, None, 16) for image, _ in open_data(str(photos), "val", 16)]      # 3 or 4 of a class
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    assert result == pytest.approx(properties.output_change(model, pixels), rel=1e-4)
+
+
 def test_the_patch_that_the_class_token_sees_most_is_the_brightest(photos, finished, tmp_path, capsys):
     model = saved(tmp_path / "a.pt", photos, ("cat", "dog", "owl"))
     file = open_data(str(photos), "val", 16).path(4)
