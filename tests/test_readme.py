@@ -10,7 +10,7 @@ import pytest
 import train
 from conftest import ROOT, SMALL
 from downstream import segment
-from experiments import report
+from experiments import figures, report
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
@@ -55,11 +55,10 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert not heading or target.suffix != ".md" or heading in anchors(target), f"{path}#{heading}"
 
 
-def test_there_is_a_figure_for_dark_mode_for_each_for_light_mode_and_no_other():
-    shown = re.findall(r"assets/([\w-]+\.png)", "\n".join(PAGES.values()))
-    light = {name for name in shown if not name.endswith("-dark.png")}
-    assert set(shown) == light | {name.replace(".png", "-dark.png") for name in light}
-    assert set(shown) == {path.name for path in (ROOT / "assets").iterdir()}
+def test_the_figures_that_the_pages_show_are_those_that_exist():
+    shown = set(re.findall(r"assets/([\w.-]+)", "\n".join(PAGES.values())))
+    assert shown == {path.name for path in (ROOT / "assets").iterdir()}
+    assert shown == {"blocks.svg", *(f"{name}.png" for name in figures.FIGURES)}
 
 
 def test_code_fits_the_page():
@@ -103,6 +102,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
     shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / "cue")
     commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
     script = "\n".join(commands).replace("{0,1,2}", "0").replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
+    script = script.replace("{soft_mask,soft_log,ps_cls}", "soft_mask")
     script = script.replace("python -m", f"{sys.executable} -m").replace("shape_bias", f"shape_bias --cue {tmp_path / 'images'}")
     for name in ("cat1-dog1", "dog1-owl1"):
         (tmp_path / "images" / name[:3]).mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
                            capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ladder-3", "cue", "collapse.jsonl", "properties.jsonl", "shape-bias.jsonl", "attention.png"}
+        "ladder-3", "cue", "collapse.jsonl", "leak.jsonl", "properties.jsonl", "shape-bias.jsonl", "attention.png"}
 
 
 def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():
