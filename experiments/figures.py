@@ -186,9 +186,10 @@ def draw_properties():
     """How many singular values attention maps need, and how accurate a model is where it is so confident."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(1.15, 1))
     for step, name, look, shift in (("vit", "ViT", LINES[1], -0.12), ("soft_mask", "iLLaMA", LINES[0], 0.12)):
-        for seed, blocks in enumerate(seeds_of("properties", "rank_90", step)):              # depth, heads
-            left.plot(np.arange(1, len(blocks) + 1) + shift, blocks, look["marker"], color=look["color"], alpha=0.6,
-                      label=None if seed else [name, None, None])
+        left.plot([], [], look["marker"], color=look["color"], label=name)                   # for the legend
+        for blocks in seeds_of("properties", "rank_90", step):
+            for block, heads in enumerate(blocks, 1):
+                left.plot([block + shift] * len(heads), heads, look["marker"], color=look["color"], alpha=0.6)
         for seed, bins in enumerate(seeds_of("properties", "reliability", step)):
             points = [(100 * confidence, 100 * accuracy) for images, confidence, accuracy in bins if images >= 30]
             right.plot(*zip(*points), **look, markersize=3.5, linewidth=1.2, alpha=0.75, label=None if seed else name)
@@ -235,12 +236,12 @@ def draw_anytime():
         for seed, accuracy in enumerate(read_by(name, "acc1_by_row")):
             left.plot(range(1, len(accuracy) + 1), accuracy, label=None if seed else READ[name], **look)
     for name in ("causal-3", "prefixes-3", "prefixes-10"):
-        color, marker, linestyle = looks[name].values()
+        look = looks[name]
         for curve in read_by(name, "curve"):
             accuracy, _, work = zip(*curve)
-            right.plot(work, accuracy, color=color, linestyle=linestyle)
-        right.plot(read_by(name, "exit_work"), read_by(name, "exit_acc1"), marker, color=color, markersize=8,
-                   markeredgewidth=1, markeredgecolor="white")
+            right.plot(work, accuracy, color=look["color"], linestyle=look["linestyle"])
+        right.plot(read_by(name, "exit_work"), read_by(name, "exit_acc1"), look["marker"], color=look["color"],
+                   markersize=8, markeredgewidth=1, markeredgecolor="white")
     right.axvline(1, color=GREY, linestyle=":", linewidth=1.2)
     right.text(0.985, 13, "one forward pass", fontsize=8.5, rotation=90, ha="right", va="bottom")
     left.set(xlabel="rows of patches read", ylabel="CIFAR-10 top-1, %", xticks=range(1, 9), ylim=(10, 75),
