@@ -2,7 +2,7 @@
 
 ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
-leak.jsonl those of figures.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
+leak.jsonl those of its `--measure leak`; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
 of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl,
 transfer.jsonl and select.jsonl rows of the programs of these names there. Other NAME.jsonl are the metrics.jsonl of the
 run NAME as it was left; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in
