@@ -1,14 +1,12 @@
 """How many training images a second one core prepares, from the file to the batch, beside timm 0.5.4.
 
     pip install --no-deps timm==0.5.4
-    python -m benchmarks.bench_data PATH --out out/bench_data.jsonl    # PATH/train or PATH/val with photos
+    python -m benchmarks.bench_data PATH --out out/bench_data.jsonl    # PATH/train or PATH/val
 
-Both read the same photos with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
+Both read the same images with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
 pipeline normalises and erases each image, ours leaves that to the device, a batch at a time.
 """
 import argparse
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +15,10 @@ from PIL import Image
 from torchvision import datasets
 
 from benchmarks.bench_model import peer
-from data import MEAN, STD, Images, open_folder, train_transform
-from experiments.properties import report
+from data import MEAN, STD, Images, train_transform
+from experiments.anytime import medians_in_turns
+from harness.files import open_folder
+from harness.run import append_row
 
 
 def timm_transform():
@@ -42,23 +42,22 @@ def main():
     torch.set_num_threads(1)
     split = "train" if Path(args.path, "train").is_dir() else "val"
     theirs = datasets.ImageFolder(Path(args.path, split), transform=timm_transform())
-    ours = Images(open_folder(Path(args.path), split, None), partial(train_transform, size=224, augment=True))
+    ours = Images(open_folder(Path(args.path), split), partial(train_transform, size=224, augment=True))
     indices = range(0, len(theirs), max(1, len(theirs) // args.images))
-    contenders = {"timm 0.5.4": lambda index: theirs[index], "ours": lambda index: ours[0, index]}
-    seconds = {name: [] for name in contenders}
-    for repeat in range(args.repeats + 1):
-        for name, load in contenders.items():
-            start = time.perf_counter()
-            for index in indices:
-                load(index)
-            if repeat:                                     # the first turn fills the file cache
-                seconds[name].append((time.perf_counter() - start) / len(indices))
-    reference = statistics.median(seconds["timm 0.5.4"])
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        row = dict(pipeline=name, ms_per_image=round(1000 * median, 3), images_per_s=round(1 / median),
-                   ratio=round(reference / median, 3))
-        report(row, args.out)
+
+    def load_theirs():
+        for index in indices:
+            theirs[index]
+
+    def load_ours():
+        for index in indices:
+            ours[0, index]
+    ways = {"timm 0.5.4": load_theirs, "ours": load_ours}
+    seconds = medians_in_turns(ways, args.repeats, warm_up=1)        # which fills the file cache
+    for name in ways:
+        ms = 1000 * seconds[name] / len(indices)
+        append_row(dict(pipeline=name, ms_per_image=round(ms, 3), images_per_s=round(1000 / ms),
+                        ratio=round(seconds["timm 0.5.4"] / seconds[name], 3)), args.out)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ from PIL import Image
 from torchvision import datasets
 
 from benchmarks.soak import children, look_at
-from data import Images, eval_transform, loader, open_folder, read_image, train_batches
-from experiments.properties import report
+from data import Images, eval_transform, loader, train_batches
+from harness.files import open_folder, read_image
+from harness.run import append_row
 
 CONTENDERS = {  # how each opens a folder with train/
     "torchvision": lambda root: datasets.ImageFolder(root / "train", loader=read_image),
-    "ours": lambda root: open_folder(root, "train", None),
+    "ours": lambda root: open_folder(root, "train"),
 }
 
 
@@ -51,20 +52,20 @@ def measure(name, root, args):
     before, start = look_at(os.getpid())[0], time.perf_counter()
     source = CONTENDERS[name](root)
     startup = time.perf_counter() - start
-    report(dict(contender=name, files=len(source), startup_s=round(startup, 2),
-                added_mb=round((look_at(os.getpid())[0] - before) / 1e6, 1)), args.out)
+    append_row(dict(contender=name, files=len(source), startup_s=round(startup, 2),
+                    added_mb=round((look_at(os.getpid())[0] - before) / 1e6, 1)), args.out)
     images = Images(source, partial(eval_transform, size=16), seed=0)
     batches = train_batches(len(source), batch_size=256, epochs=100_000)
     start = time.perf_counter()
     due = read = 0
-    for batch, _, faults in loader(images, batches, args.workers):
-        assert not any(faults)
+    for batch, _, errors in loader(images, batches, args.workers):
+        assert not any(errors)
         read += len(batch)
         seconds = time.perf_counter() - start
         if seconds >= due:
             memory = [round(look_at(pid)[0] / 1e6, 1) for pid in children(os.getpid())]
-            report(dict(contender=name, files=len(source), seconds=round(seconds, 1), images=read, private_mb=memory),
-                   args.out)
+            append_row(dict(contender=name, files=len(source), seconds=round(seconds, 1), images=read,
+                            private_mb=memory), args.out)
             due += args.every
         if seconds >= 60 * args.minutes:
             break

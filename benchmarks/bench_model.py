@@ -13,21 +13,19 @@ weights and images, both in 10^6 bytes.
 import argparse
 import importlib
 import itertools
-import statistics
 import sys
-import time
 import warnings
+from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch.nn.parallel import DistributedDataParallel
 
-from eval import setup
-from experiments.properties import multiply_accumulates, report
+from experiments.anytime import medians_in_turns
+from experiments.properties import multiply_accumulates
+from harness.processes import is_rank_0, setup, shut_down, wrap
+from harness.run import Machine, append_row
 from model import VisionTransformer, config
-from train import recompute_blocks
 
 
 def peer(module):
@@ -40,34 +38,24 @@ def peer(module):
         sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
 
 
-def timm_vit(img_size):
-    return peer("timm").create_model("vit_tiny_patch16_224", img_size=img_size)
-
-
-def torchvision_vit(img_size):
-    return torchvision.models.vit_b_16(image_size=img_size)
-
-
-def illama(size="tiny", recompute=False, **fields):
+def illama(size="tiny", **fields):
     def build(img_size):
         model = VisionTransformer(config(size, img_size=img_size, **fields))
-        if model.cfg.mask.startswith("soft"):
+        if model.cfg.soft:
             model.set_soft_mask(0.5)
-        if recompute:
-            recompute_blocks(model.blocks)
         return model
     return build
 
 
 MODELS = {  # name: how it is built, for an image size
-    "timm vit": timm_vit,
+    "timm vit": lambda img_size: peer("timm").create_model("vit_tiny_patch16_224", img_size=img_size),
     "vit": illama(step="vit"),
     "bidirectional": illama(mask="none"),
     "causal": illama(step="abs_pos"),
     "soft": illama(),
     "soft_log": illama(mask="soft_log"),
-    "soft recompute": illama(recompute=True),
-    "torchvision base": torchvision_vit,
+    "soft recompute": illama(),
+    "torchvision base": lambda img_size: torchvision.models.vit_b_16(image_size=img_size),
     "soft base": illama("base"),
 }
 
@@ -108,19 +96,16 @@ def most_held(model, *batch):
     return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
-def matmul_peak(dtype, n=2048):
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    start = time.perf_counter()
+def matmul(a, b):
     for _ in range(4):
         a @ b
-    return 4 * 2 * n ** 3 / (time.perf_counter() - start)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS,
                         default=["timm vit", "vit", "causal", "soft", "soft_log", "soft recompute"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="float32 and bfloat16, which some CPUs emulate")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="and bfloat16, which a CPU may emulate")
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16], help="images a step on one rank")
@@ -129,49 +114,39 @@ def main():
     parser.add_argument("--out", help="append the rows to this file as well")
     args = parser.parse_args()
 
-    rank, world, *_ = setup("cpu")
+    _, world, *_ = setup("cpu")
     train = not args.inference
-    torch._dynamo.config.recompile_limit = 100             # all contenders share one forward's code, and stay compiled
+    torch._dynamo.config.recompile_limit = 100             # all models share one forward's code, and stay compiled
     torch.manual_seed(0)
-    contenders, memory = {}, {}
+    ways, memory, n = {}, {}, 2048
+    for dtype in args.dtypes:
+        ways[dtype] = partial(matmul, *torch.randn(2, n, n).to(getattr(torch, dtype)))
     for key in itertools.product(args.models, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
         name, dtype, compiled, img_size, batch_size = key
         model = MODELS[name](img_size).train(train)
-        if compiled:
-            model.compile()
-        net = DistributedDataParallel(model) if world > 1 else model
+        machine = Machine(compile=bool(compiled), recompute="recompute" in name)
+        net = wrap(model, getattr(model, "blocks", []), machine, world)
         batch = (torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)),
                  getattr(torch, dtype), train)
         for _ in range(2):
             step(net, *batch)
         memory[key] = dict(saved_mb=round(saved_for_backward(model, *batch) / 1e6, 1)) if train else {}
         memory[key] |= dict(peak_mb=round(most_held(model, *batch) / 1e6, 1))
-        contenders[key] = net, batch, []
+        ways[key] = partial(step, net, *batch)
         print(f"ready: {name} {dtype} {'compiled' if compiled else 'eager'} {img_size} {batch_size}", file=sys.stderr)
 
-    peaks = {dtype: [] for dtype in args.dtypes}
-    for _ in range(args.repeats):
-        for dtype in args.dtypes:
-            peaks[dtype].append(matmul_peak(getattr(torch, dtype)) * world)
-        for net, batch, seconds in contenders.values():
-            start = time.perf_counter()
-            step(net, *batch)
-            seconds.append(time.perf_counter() - start)
-
-    for key, (_, _, seconds) in contenders.items():
+    seconds = medians_in_turns(ways, args.repeats)
+    for key in memory:
         name, dtype, compiled, img_size, batch_size = key
-        rate = world * batch_size / statistics.median(seconds)
+        rate, peak = world * batch_size / seconds[key], world * 4 * 2 * n ** 3 / seconds[dtype]
         size = "base" if name.endswith("base") else "tiny"
-        dense = multiply_accumulates(config(size, img_size=img_size))["published"]
-        work, peak = (6 if train else 2) * dense, statistics.median(peaks[dtype])
+        work = (6 if train else 2) * multiply_accumulates(config(size, img_size=img_size))["published"]
         row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
-                   ranks=world, training=train, images_per_s=round(rate, 3),
-                   peak=round(rate * work / peak, 3), matmul_gflops=round(peak / 1e9),
-                   **memory[key])
-        if rank == 0:
-            report(row, args.out)
-    if world > 1:
-        dist.destroy_process_group()
+                   ranks=world, training=train, images_per_s=round(rate, 3), peak=round(rate * work / peak, 3),
+                   matmul_gflops=round(peak / 1e9), **memory[key])
+        if is_rank_0():
+            append_row(row, args.out)
+    shut_down()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments.properties import report
+from harness.run import append_row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +50,7 @@ def main():
             looks = [look_at(pid) for pid in ranks + [worker for rank in ranks for worker in children(rank)]]
             row = dict(flags=" ".join(flags), minute=round((time.time() - started) / 60, 1),
                        own_mb=[round(own / 1e6, 1) for own, _ in looks], open_files=[files for _, files in looks])
-            report(row, args.out)
+            append_row(row, args.out)
         if launcher.poll() is not None:
             sys.exit(f"error: the run ended by itself, with code {launcher.returncode}")
         launcher.send_signal(signal.SIGTERM)

@@ -16,38 +16,36 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from data import (FILL, FORMATS, SHAPES, TEXTURES, Images, coordinates, draw_background, draw_shape, read_image,
-                  shorten, to_image)
+from data import FILL, Images
+from harness.files import FORMATS, read_image
+from harness.flags import InputError, require, shorten
+from synthetic.scenes import Scenes
 
 SPLITS, IGNORED = ("training", "validation"), -1
 
 
 def open_scenes(data, split, short_side):
     """A split, "training" or "validation", of "scenes", drawn with that shorter side, or of a folder in ADE20K's
-    layout. ValueError in one sentence if there is nothing to open."""
+    layout. InputError in one sentence if there is nothing to open."""
     return Scenes(split, short_side) if data == "scenes" else AnnotatedFolder(Path(data), split)
 
 
 class AnnotatedFolder(Dataset):
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png. Classes are the lines of classes.txt, or ADE20K's list."""
-
     def __init__(self, root, split):
-        if not root.is_dir():
-            raise ValueError(f"--data {root} is neither scenes nor a folder: check the path")
+        require(root.is_dir(), f"--data {root} is neither scenes nor a folder: check the path")
         self.images, self.annotations = root / "images" / split, root / "annotations" / split
         self.classes = read_classes(root)
         for folder in (self.images, self.annotations):
-            if not folder.is_dir():
-                raise ValueError(f"{folder} is missing: {root} needs images/ and annotations/, both with training/ and "
-                                 "validation/")
+            require(folder.is_dir(), f"{folder} is missing: {root} needs images/ and annotations/, both with training/ "
+                    "and validation/")
         names = sorted(path.name for path in self.images.iterdir()
                        if path.name.lower().endswith(IMG_EXTENSIONS) and path.name[0] != ".")
         annotated = {path.stem for path in self.annotations.glob("[!.]*.png")}
         alone = sorted(annotated ^ {Path(name).stem for name in names})
-        if alone or not names:
-            wrong = f"only one of them has {shorten(alone)}" if alone else "are empty"
-            raise ValueError(f"{self.images} and {self.annotations} must hold the same names, NAME.jpg and NAME.png, "
-                             f"but {wrong}: add or remove files")
+        wrong = f"only one of them has {shorten(alone)}" if alone else "they are empty"
+        require(names and not alone, f"{self.images} and {self.annotations} must hold the same names, NAME.jpg and "
+                f"NAME.png, but {wrong}: add or remove files")
         self.names = np.array(names)                       # a list's objects would be copied to every worker
 
     def __len__(self):
@@ -60,72 +58,47 @@ class AnnotatedFolder(Dataset):
 
 
 def read_scene(path):
-    """read_image(), and a ValueError if the longer side would take gigabytes once the shorter one is resized."""
+    """read_image(), and an InputError if the longer side would take gigabytes once the shorter one is resized."""
     image = read_image(path)
-    if max(image.size) > 16 * min(image.size):
-        raise ValueError(f"{path} has {image.width} x {image.height} pixels, longer than 16:1: cut or remove it")
+    require(max(image.size) <= 16 * min(image.size),
+            f"{path} has {image.width} x {image.height} pixels, longer than 16:1: cut or remove it")
     return image
 
 
 def read_classes(root):
-    """The names of the classes 1, 2, ...; ADE20K's list has them in the last of its columns, below a title."""
-    for name in ("classes.txt", "objectInfo150.txt"):
-        if (root / name).is_file():
-            try:
-                text = (root / name).read_text("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{root / name} is not text in UTF-8 ({error}): save it as that") from error
-            lines = [line.split("\t")[-1].strip() for line in text.splitlines() if line.strip()]
-            classes = lines if name == "classes.txt" else lines[1:]
-            if not 2 <= len(classes) <= 255:
-                raise ValueError(f"{root / name} names {len(classes)} classes; it must be 2 to 255, one per line")
-            return classes
-    raise ValueError(f"{root / 'classes.txt'} is missing: write the names of the classes into it, a line for each, in "
-                     "the order of their numbers in the annotations, from 1 on")
+    """The names of the classes 1, 2, ...: of classes.txt, or of ADE20K's list, in the last column below a title."""
+    file = root / "classes.txt"
+    if not file.is_file() and (root / "objectInfo150.txt").is_file():
+        file = root / "objectInfo150.txt"
+    require(file.is_file(), f"{file} is missing: write the names of the classes into it, a line for each, in the order "
+            "of their numbers in the annotations, from 1 on")
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not text in UTF-8 ({error}): save it as that") from error
+    classes = [line.split("\t")[-1].strip() for line in lines if line.strip()]
+    if file.name == "objectInfo150.txt":
+        classes = classes[1:]
+    require(2 <= len(classes) <= 255, f"{file} names {len(classes)} classes; it must be 2 to 255, one per line")
+    return classes
 
 
 def read_annotation(path, size, classes):
-    """An annotation as a PIL image of mode L. ValueError that names it if it is none."""
+    """An annotation as a PIL image of mode L. InputError that names it if it is none."""
     try:
         annotation = Image.open(path, formats=FORMATS)
         annotation.load()
-    except Exception as error:                             # decoders raise half a dozen kinds for a damaged file
-        raise ValueError(f"{path} cannot be read as an annotation ({error}): replace it") from error
-    if annotation.mode not in ("L", "P"):                  # P: a palette, whose colours do not matter
-        raise ValueError(f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number "
-                         "of a class in each pixel: convert it")
-    if annotation.size != size:
-        raise ValueError(f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} x "
-                         f"{size[1]}: replace one of them")
+    except Exception as error:                             # decoders raise half a dozen types for a damaged file
+        raise InputError(f"{path} cannot be read as an annotation ({error}): replace it") from error
+    require(annotation.mode in ("L", "P"),                 # P: a palette, whose colours do not matter
+            f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number of a class in "
+            "each pixel: convert it")
+    require(annotation.size == size, f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} "
+            f"x {size[1]}: replace one of them")
     pixels = np.asarray(annotation)
-    if pixels.max() > classes:
-        raise ValueError(f"{path} holds class {pixels.max()}, but there are {classes}: correct it, with 0 for what is "
-                         "not labelled, or the list of classes")
+    require(pixels.max() <= classes, f"{path} holds class {pixels.max()}, but there are {classes}: correct it, with 0 "
+            "for what is not labelled, or the list of classes")
     return Image.fromarray(pixels)
-
-
-class Scenes(Dataset):
-    """Two to five of data.py's shapes in front of a dark background, which is a class of its own; a shape may hide what
-    was drawn before it. A scene is a function of (seed, split, index) at any size, with an aspect ratio of 4:3."""
-    classes = ["background", *SHAPES]
-    count = {"training": 2_000, "validation": 200}
-
-    def __init__(self, split, short_side, seed=0):
-        self.split, self.short_side, self.seed = split, short_side, seed
-
-    def __len__(self):
-        return self.count[self.split]
-
-    def __getitem__(self, index):
-        rng = random.Random(f"{self.seed} scenes {self.split} {index}")
-        x, y = coordinates(self.short_side, round(4 / 3 * self.short_side))
-        pixels, mask = draw_background(rng, x, y), np.ones((y.size, x.size), dtype=np.uint8)
-        for _ in range(rng.randint(2, 5)):
-            shape, texture = rng.randrange(len(SHAPES)), rng.randrange(len(TEXTURES))
-            colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.2, 0.45))
-            pixels = colours * inside + pixels * (1 - inside)
-            mask[inside[..., 0] > 0.5] = 2 + shape
-        return to_image(pixels), Image.fromarray(mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,15 +108,14 @@ class Scenes(Dataset):
 class Annotated(Images):
     """A data set with a transform of image and annotation, whose randomness is a function of (seed, epoch, index).
 
-    Items are (uint8 (3, H, W), int64 (H, W), fault); in place of what cannot be read comes the next, as in Images.
+    Items are (uint8 (3, H, W), int64 (H, W), read error); in place of what cannot be read comes the next, as in Images.
     """
-
     def __getitem__(self, key):
         epoch, index = key
-        image, mask, fault = self.read(index)
+        image, mask, error = self.read(index)
         mask = mask or Image.new("L", image.size)          # of Images' placeholder
         image, mask = self.transform(image, mask, random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0].long() - 1, fault
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0].long() - 1, error
 
 
 def eval_transform(image, mask, rng):

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data import check_readable, normalize
 from downstream.scenes import IGNORED
-from eval import is_rank_0
+from harness.flags import require
+from harness.processes import all_gather, is_rank_0, stop_requests
 from model import VisionTransformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,16 +91,15 @@ class Segmenter(nn.Module):
     """Images (B, 3, S, S) -> logits (B, num_classes, S, S), a list: the prediction, and in training perhaps another.
 
     The backbone is built for crops of S pixels, its soft mask at alpha 0; it has no head, and its last norm only where
-    the new head uses it. ValueError for a backbone that has too few blocks to be tapped.
+    the new head uses it. InputError for a backbone that has too few blocks to be tapped.
     """
-
     def __init__(self, cfg, head):
         super().__init__()
         self.taps = HEADS[head].taps(cfg.depth)
-        if self.taps[0] < 0:
-            raise ValueError(f"--head {head} needs at least 3 blocks, but depth is {cfg.depth}: use --head linear")
-        if head == "upernet" and cfg.tokens < 5:
-            raise ValueError(f"--head {head} needs crops of at least 2 x 2 patches: make --img-size larger")
+        require(self.taps[0] >= 0,
+                f"--head {head} needs at least 3 blocks, but depth is {cfg.depth}: use --head linear")
+        require(head != "upernet" or cfg.grid > 1,
+                f"--head {head} needs crops of at least 2 x 2 patches: make --img-size larger")
         self.backbone = VisionTransformer(cfg)
         self.backbone.head = nn.Identity()
         if not HEADS[head].final_norm:
@@ -109,12 +109,12 @@ class Segmenter(nn.Module):
     def features(self, images):
         """The map (B, D, H, W) of the patches after each tapped block; the class token is dropped."""
         model, maps = self.backbone, {}
-        x, side = model.embed(images), model.cfg.img_size // model.cfg.patch_size
+        x, mask, grid = model.embed(images), model.mask(), model.cfg.grid
         for i, block in enumerate(model.blocks):
-            x = block(x, model.rope, model.mask)                                 # B, N, D
+            x = block(x, model.rope, mask)                                       # B, N, D
             if i in self.taps:
                 patches = x[:, :-1] if model.cfg.cls_last else x[:, 1:]
-                maps[i] = model.norm(patches).transpose(1, 2).unflatten(2, (side, side))
+                maps[i] = model.norm(patches).transpose(1, 2).unflatten(2, (grid, grid))
         return [maps[i] for i in self.taps]
 
     def forward(self, images):
@@ -205,27 +205,25 @@ def scores(matrix):
 
 
 @torch.no_grad()
-def evaluate(model, batches, short_side, device, dtype=torch.float32, stop=(), **views):
-    """scores() over all ranks' images, from batches of one; None if some rank's `stop` held something in between.
+def evaluate(model, batches, short_side, device, dtype=torch.float32, **views):
+    """scores() over all ranks' images, from batches of one; None if some rank was asked to stop.
 
-    `views` are predict()'s scales and flip. ValueError if an image or annotation cannot be read.
+    `views` are predict()'s scales and flip. InputError if an image or annotation cannot be read.
     """
     model.eval()
     classes = model.backbone.cfg.num_classes
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for images, labels, faults in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
-        if stop:
+    for images, labels, errors in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
+        if stop_requests:
             break
-        check_readable(faults)
+        check_readable(errors)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = predict(model, images[0].to(device), short_side, **views)
-        if not logits.isfinite().all():
-            raise ValueError("the logits of an image are not finite: the weights hold such numbers, or lead to them; "
-                             "use an earlier checkpoint, or train again with a smaller --lr")
-        predicted = logits.argmax(0)
-        matrix += confusion(labels[0].to(device), predicted, classes)
-    stopped = torch.tensor(len(stop), device=device)
+        require(logits.isfinite().all(), "the logits of an image are not finite: the weights hold such numbers, or "
+                "lead to them; use an earlier checkpoint, or train again with a smaller --lr")
+        matrix += confusion(labels[0].to(device), logits.argmax(0), classes)
+    if any(all_gather(len(stop_requests))):
+        return None
     if dist.is_initialized():
         dist.all_reduce(matrix)
-        dist.all_reduce(stopped)
-    return None if stopped else scores(matrix)
+    return scores(matrix)

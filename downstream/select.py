@@ -1,8 +1,8 @@
-"""Weight selection [1]: a model starts from some of the weights of a larger one.
+"""Weight selection [1]: a checkpoint of a small model, made of some of the weights of a larger one.
 
-    python train.py --size nano --data cifar10 --init-from out/tiny --select uniform          # one of this repository
-    python train.py --size tiny --data IMAGENET --recipe tiny --init-from Llama-2-7b-hf --select aligned    # LLaMA 2
-    python -m downstream.select --data cifar10        # is it worth it? stopped and started again, it goes on
+    python -m downstream.select out/tiny --size nano --depth 4 --out small.pt           # of a run of this repository
+    python -m downstream.select Llama-2-7b-hf --size tiny --rule aligned --out small.pt # of LLaMA 2
+    python train.py --size nano --depth 4 --data cifar10 --init-from small.pt           # then train it
 
 Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`
 applies that to each tensor as it is, as the published repository does: rows of queries, keys and values are picked from
@@ -12,17 +12,22 @@ channels, the same for values and the projection behind them: what is kept compu
 
 [1] Xu et al., arXiv 2311.18823
 """
+import argparse
+import io
 import json
 import re
-import sys
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data import open_data, shorten
-from eval import Parser, report_errors, stop_on_signals
-from experiments.ladder import ROOT, add_flags, train_all
-from model import Config, load_state, open_checkpoint, other_classes, resize_positions, weights_of
+from data import seed_of
+from harness.checkpoint import CHECKPOINT, load_strictly, open_checkpoint, resize_positions, weights_of
+from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
+                           pick, report_errors, require, shorten)
+from harness.run import write
+from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
     "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
@@ -34,9 +39,8 @@ LLAMA = {  # Hugging Face's names in a layer: ours in a block
 def places(larger, smaller):
     """Which of `larger` elements are kept, `smaller` of them: every k-th, or where that does not divide evenly spaced
     ones from the first to the last, rounded."""
-    if larger < smaller:
-        raise ValueError(f"weights cannot be selected where the larger model has {larger} and this one {smaller}: "
-                         "start from a larger one")
+    require(larger >= smaller, f"weights cannot be selected where the larger model has {larger} and this one "
+            f"{smaller}: start from a larger one")
     if larger % smaller == 0:
         return torch.arange(0, larger, larger // smaller)
     return torch.linspace(0, larger - 1, smaller).round().long()
@@ -56,10 +60,9 @@ def uniform(tensor, shape):
 def channels(width, heads, own_width, own_heads, rotated, halves):
     """Which of the larger model's `width` channels, rows of q, k or v, are kept: of evenly spaced heads evenly spaced
     pairs if they are `rotated`, else single channels. `halves`: a pair is not adjacent, but half a head apart."""
-    if heads < own_heads or width // heads < own_width // own_heads:
-        raise ValueError(f"the larger model has {heads} heads of {width // heads} channels, this one {own_heads} of "
-                         f"{own_width // own_heads}: use --select uniform, or other --heads")
     d, own_d = width // heads, own_width // own_heads
+    require(heads >= own_heads and d >= own_d, f"the larger model has {heads} heads of {d} channels, this one "
+            f"{own_heads} of {own_d}: use --rule uniform, or other --heads")
     if rotated:
         first = places(d // 2, own_d // 2)                           # RoPE's frequencies: spaced alike, so kept
         inside = torch.stack([first, first + d // 2] if halves else [2 * first, 2 * first + 1], dim=1).flatten()
@@ -83,46 +86,42 @@ def aligned(name, tensor, shape, heads, own_heads, rope, halves):
     return uniform(tensor, shape)
 
 
-def select_weights(model, source, rule, classes=None):
-    """Load into a model what a rule selects of a larger one: a checkpoint, a published name or a folder of LLaMA 2.
-    The head stays fresh if it is of other `classes`.
+def select_weights(model, source, rule):
+    """Load into a model what a rule selects of a larger one: a checkpoint, or the path of a folder of LLaMA 2.
 
-    Returns sentences about what was not there to select, and so is fresh. ValueError if the two do not fit.
+    Returns the names of what was not there to select, and so is fresh. InputError if the two do not fit.
     """
     cfg, own = model.cfg, model.state_dict()
-    if is_llama(source):
-        larger, heads, halves = *read_llama(Path(source), cfg.depth), True
-        if not (cfg.swiglu and cfg.rmsnorm):
-            raise ValueError(f"--init-from {source} has SwiGLU and RMSNorm: use --step rmsnorm or a later one")
-        fresh = [name for name in own if not name.startswith("blocks.") or name.endswith("bias")]
-    else:
-        checkpoint = open_checkpoint(source)
-        larger, heads, halves = weights_of(checkpoint), checkpoint["config"]["heads"], False
-        fresh, theirs = [], Config(**checkpoint["config"])
-        for field in ("patch_size", "swiglu", "rmsnorm", "cls_last", "rope", "abs_pos"):
-            if getattr(theirs, field) != getattr(cfg, field):
-                raise ValueError(f"--init-from {source} has {field} {getattr(theirs, field)}, this model "
-                                 f"{getattr(cfg, field)}: change --step or the flag")
+    if isinstance(source, dict):
+        larger, heads, halves = weights_of(source), source["config"]["heads"], False
+        theirs, fresh = checked_config(Config, **source["config"]), []
+        for name in ("patch_size", "swiglu", "rmsnorm", "cls_last", "rope", "abs_pos"):
+            before, now = getattr(theirs, name), getattr(cfg, name)
+            require(before == now, f"the larger model has {name} {before}, this one {now}: change --step or the flag")
+        if theirs.num_classes != cfg.num_classes:
+            fresh = ["head.weight", "head.bias"]
         pos = larger.get("pos_embed")
         if pos is not None and cfg.abs_pos and pos.shape[1] != cfg.tokens:
             larger["pos_embed"] = resize_positions(pos, cfg.tokens, cfg.cls_last)
-        if "head.weight" in larger and (len(larger["head.weight"]) != cfg.num_classes
-                                        or other_classes(checkpoint, classes)):
-            fresh = ["head.weight", "head.bias"]
-    missing = [name for name in own if name not in larger and name not in fresh]
-    if missing:
-        raise ValueError(f"--init-from {source} lacks {missing[0]} to select from: use a model at least as deep")
+    else:
+        require(cfg.swiglu and cfg.rmsnorm, f"{source} has SwiGLU and RMSNorm: use --step rmsnorm or a later one")
+        larger, heads = read_llama(Path(source), cfg.depth)
+        halves = True
+        fresh = [name for name in own if not name.startswith("blocks.") or name.endswith("bias")]
     selected = {}
-    for name in [name for name in own if name not in fresh]:
+    for name in own:
+        if name in fresh:
+            continue
+        require(name in larger, f"the larger model lacks {name} to select from: use one at least as deep")
         tensor, shape = larger[name], own[name].shape
-        if tensor.ndim != len(shape):
-            raise ValueError(f"{name} of --init-from {source} has {tensor.ndim} dimensions, not {len(shape)}: use "
-                             "other weights")
-        part = uniform(tensor, shape) if rule == "uniform" else aligned(
-            name, tensor, shape, heads, cfg.heads, cfg.rope, halves)
-        selected[name] = part.float()
-    load_state(model, own | selected)
-    return [f"{rule} selection of larger weights"] + ([f"fresh: {shorten(fresh)}"] if fresh else [])
+        require(tensor.ndim == len(shape), f"{name} of the larger model has {tensor.ndim} dimensions, not "
+                f"{len(shape)}: use other weights")
+        if rule == "uniform":
+            selected[name] = uniform(tensor, shape).float()
+        else:
+            selected[name] = aligned(name, tensor, shape, heads, cfg.heads, cfg.rope, halves).float()
+    load_strictly(model, own | selected)
+    return fresh
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,21 +141,19 @@ def read_llama(folder, depth):
         config = json.loads((folder / "config.json").read_text())
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not that of LLaMA 2 ({error}): use another folder") from error
-    if layers < depth:
-        raise ValueError(f"--init-from {folder} has {layers} layers, this model {depth}: use a deeper one")
-    if config.get("model_type", "llama") != "llama" or config.get("num_key_value_heads", heads) != heads:
-        raise ValueError(f"--init-from {folder} is another model than LLaMA, or shares keys and values between heads, "
-                         "which this model does not: use LLaMA 2 7B or 13B")
+        raise InputError(f"{folder / 'config.json'} is not that of LLaMA 2 ({error}): use another folder") from error
+    require(layers >= depth, f"{folder} has {layers} layers, this model {depth}: use a deeper one")
+    require(config.get("model_type", "llama") == "llama" and config.get("num_key_value_heads", heads) == heads,
+            f"{folder} is another model than LLaMA, or shares keys and values between heads, which this model does "
+            "not: use LLaMA 2 7B or 13B")
     found = {}
     for name, tensor in shards(folder, lambda name: layer_of(name) < depth):
         part = LLAMA.get(name.split(".", 3)[3])
         if part:
             found[f"blocks.{layer_of(name)}.{part}"] = tensor
     for i in range(depth):
-        missing = [name for name, part in LLAMA.items() if f"blocks.{i}.{part}" not in found]
-        if missing:
-            raise ValueError(f"--init-from {folder} lacks model.layers.{i}.{missing[0]}: download all of its files")
+        for name, part in LLAMA.items():
+            require(f"blocks.{i}.{part}" in found, f"{folder} lacks model.layers.{i}.{name}: download all of its files")
         qkv = [found.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
         found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)
     return found, heads
@@ -171,8 +168,7 @@ def layer_of(name):
 def shards(folder, wanted):
     """(name, tensor) of those names in a folder's files that are wanted."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise ValueError(f"{folder} holds neither *.safetensors nor *.bin: use a folder with the weights")
+    require(files, f"{folder} holds neither *.safetensors nor *.bin: use a folder with the weights")
     for path in files:
         try:
             if path.suffix == ".bin":
@@ -183,53 +179,64 @@ def shards(folder, wanted):
                 with safe_open(path, framework="pt") as file:
                     yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))
         except ModuleNotFoundError as error:
-            raise ValueError(f"{path} needs safetensors: pip install safetensors") from error
-        except Exception as error:  # torch and safetensors raise half a dozen kinds
+            raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+        except Exception as error:  # torch and safetensors raise half a dozen types
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path} cannot be read as weights ({reason}): use another file") from error
+            raise InputError(f"{path} cannot be read as weights ({reason}): use another file") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it worth it? One larger model, and smaller ones that start from it by either rule, or from random weights
+# The program
 
 
-FLAGS = "--batch-size 64 --lr 1e-3 --workers 0 --device cpu"
-STARTS = ("random", "uniform", "aligned")
-
-
-def runs(args):
-    """(the larger model, the smaller ones): {name: (command, fields of the row)} as train_all() takes them."""
-    command = [ROOT / "train.py", "--data", args.data, *args.flags.split()]
-    larger = {"larger": ([*command, *args.larger.split(), "--epochs", str(args.larger_epochs)],
-                         dict(data=args.data, start="larger", seed=0, epoch=args.larger_epochs - 1))}
-    smaller = {}
-    for seed in range(args.seeds):
-        for start in STARTS:
-            select = [] if start == "random" else ["--init-from", args.out / "larger" / "last.pt", "--select", start]
-            smaller[f"{start}-{seed}"] = (
-                [*command, *args.smaller.split(), "--epochs", str(args.epochs), "--seed", str(seed), *select],
-                dict(data=args.data, start=start, seed=seed, epoch=args.epochs - 1))
-    return larger, smaller
+def small_config(given, step, larger):
+    """The Config of the small model: what the flags say; where they do not, patches, resolution, classes and, unless
+    they name a step, the parts of `larger`, the Config of the larger model."""
+    kept = ["img_size", "patch_size", "num_classes"]
+    if "step" not in given:
+        kept += ["swiglu", "rmsnorm", "mask", "cls_last", "rope", "abs_pos"]
+    values = {name: getattr(larger, name) for name in kept} | pick(Config, given)
+    return checked_config(config, size=given["size"], step=step, **values)
 
 
 @report_errors()
 def main(argv=None):
     parser = Parser(prog="python -m downstream.select", allow_abbrev=False,
-                    description="Compare starts from a larger model's weights with random ones, over epochs.")
-    add_flags(parser, "of the smaller ones, from 0 on; the larger one has 0", Path("out", "select"))
-    parser.add_argument("--larger", default="--size tiny --depth 4", help="flags of train.py for the larger model")
-    parser.add_argument("--smaller", default="--size nano --depth 3", help="flags of train.py for the smaller ones")
-    parser.add_argument("--flags", default=FLAGS, help="flags of train.py for all")
-    parser.add_argument("--larger-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=3)
-    args = parser.parse_args(argv)
-    if min(args.seeds, args.epochs, args.larger_epochs, args.jobs) < 1:
-        raise ValueError("--seeds, --epochs, --larger-epochs and --jobs must be at least 1")
-    open_data(args.data, "train", 32)                                # downloaded here, once, if at all
-    stop_on_signals()
-    larger, smaller = runs(args)
-    done = train_all(larger, args.out, 1, curve=True) and train_all(smaller, args.out, args.jobs, curve=True)
-    sys.exit(0 if done else 1)
+                    description="Make a checkpoint of a small model from some of the weights of a larger one.")
+    parser.add_argument("larger", help="a run's folder, a checkpoint, published weights, or a folder of LLaMA 2")
+    parser.add_argument("--size", choices=SIZES, required=True, help="width, depth and heads, see model.py")
+    parser.add_argument("--step", choices=STEPS, default=argparse.SUPPRESS, help="default: the larger model's")
+    parser.add_argument("--rule", choices=("uniform", "aligned"), default="uniform", help="what is kept, see above")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of what is not selected")
+    parser.add_argument("--out", type=nonempty, required=True, help="the checkpoint to write, for train.py --init-from")
+    parser.add_argument("--num-classes", type=int, default=argparse.SUPPRESS, help="outputs of the head")
+    model_flags = parser.add_argument_group("model (default: as --size says, and as the larger model)")
+    add_flags(model_flags, Config, skip=("num_classes", "drop_path"), choices=dict(mask=MASKS))
+    given = vars(parser.parse_args(argv))
+    check_bounds(given)
+
+    source, run, larger, classes = given["larger"], dict(step="soft_mask", data=""), config(), None
+    if not is_llama(source):
+        source = open_checkpoint(source)
+        run |= source["run"]
+        larger, classes = checked_config(Config, **source["config"]), source["classes"]
+    run |= dict(size=given["size"], step=given.get("step", run["step"]), seed=given["seed"], dtype="float32")
+    cfg = small_config(given, run["step"], larger)
+    torch.manual_seed(seed_of("weights", run["seed"]))
+    model = VisionTransformer(cfg)
+    fresh = select_weights(model, source, given["rule"])
+    if "head.weight" in fresh:
+        classes = None
+    checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
+                      run={name: run[name] for name in CHECKPOINT["run"]})
+    buffer, out = io.BytesIO(), Path(given["out"])
+    torch.save(checkpoint, buffer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, buffer.getbuffer())
+    flags = dict(size=run["size"], step=run["step"]) | overrides(cfg, run["size"], run["step"])
+    flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(str(out)))
+    print(f"weights of {given['larger']}, selected by the rule {given['rule']}; fresh: {shorten(fresh) or 'none'}\n"
+          f"train it: python train.py{flags_of(flags)}")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, printable, read_image
-from eval import (Parser, add_flags, describe, most_likely, open_model, open_val, parse, report_errors, setup,
-                  stop_on_signals)
-from experiments.properties import report
-from model import Mask, VisionTransformer, config
-
-
-def side_of(cfg):
-    """Rows of patches in an image, and patches in a row."""
-    return cfg.img_size // cfg.patch_size
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
+from eval import add_flags, most_likely, open_model, open_val
+from experiments.properties import one_process
+from harness.checkpoint import describe
+from harness.files import read_image
+from harness.flags import Parser, check_bounds, checked_config, printable, report_errors, require
+from harness.processes import stop_on_signals
+from harness.run import append_row
+from model import VisionTransformer, config
 
 
 class Reader:
@@ -39,34 +38,31 @@ class Reader:
         reader.read(images[:, :, :16])        # the first row of patches of 16 pixels, (B, 3, 16, W)
         logits = reader.answer()              # (B, classes), what the model gives for this row alone
 
-    ValueError if the model's mask is not exactly causal, its class token not last, or a row is not there.
+    InputError if the model's mask is not exactly causal, its class token not last, or a row is not there.
     """
-
     def __init__(self, model):
-        if not (model.is_causal and model.cfg.cls_last):
-            raise ValueError(f"reading row by row needs a class token at the end and an exactly causal mask, not "
-                             f"{model.cfg.mask!r}: use a model with mask causal, or soft_log at alpha 0")
+        require(model.is_causal and model.cfg.cls_last, "reading row by row needs a class token at the end and an "
+                f"exactly causal mask, not {model.cfg.mask!r}: use a model with mask causal, or soft_log at alpha 0")
         self.model, self.count = model, 0                            # patches read
         self.cache = [()] * len(model.blocks)                        # for each block keys and values, (B, h, count, d)
 
     def read(self, strip):
         """The next rows of patches: normalized pixels (B, 3, rows * patch_size, img_size)."""
         cfg, rows = self.model.cfg, strip.shape[2] // self.model.cfg.patch_size
-        end = self.count + rows * side_of(cfg)
-        if strip.shape[1:] != (3, rows * cfg.patch_size, cfg.img_size) or not self.count < end < cfg.tokens:
-            raise ValueError(f"pixels {tuple(strip.shape)} after {self.count // side_of(cfg)} rows of patches: this model's "
-                             f"images have {side_of(cfg)} rows of (B, 3, {cfg.patch_size}, {cfg.img_size})")
-        x = self.model.patch_embed(strip)                            # B, n, D
+        end = self.count + rows * cfg.grid
+        require(strip.shape[1:] == (3, rows * cfg.patch_size, cfg.img_size) and self.count < end < cfg.tokens,
+                f"pixels {tuple(strip.shape)} after {self.count // cfg.grid} rows of patches: this model's images have "
+                f"{cfg.grid} rows of (B, 3, {cfg.patch_size}, {cfg.img_size})")
+        x = self.model.patch_embed.proj(strip).flatten(2).transpose(1, 2)                # B, n, D
         self.through_blocks(x, slice(self.count, end), keep=True)
         self.count = end
 
     def answer(self):
-        """Logits (B, classes) for what has been read. ValueError if that is nothing."""
-        if not self.count:
-            raise ValueError("nothing has been read: there is no answer before the first row")
+        """Logits (B, classes) for what has been read. InputError if that is nothing."""
+        require(self.count, "nothing has been read: there is no answer before the first row")
         cls = self.model.cls_token.expand(len(self.cache[0][0]), -1, -1)                 # B, 1, D
         x = self.through_blocks(cls, slice(-1, None), keep=False)
-        return self.model.head(self.model.norm(x)).squeeze(1)
+        return self.model.head(self.model.norm(x))[:, 0]
 
     def through_blocks(self, x, place, keep):
         """Tokens x (B, n, D) at a place of the sequence, after those read: each attends to these and up to itself."""
@@ -90,29 +86,35 @@ class Reader:
 
 def on_rows(model, images, rows):
     """Logits of the model run on the first rows of patches alone, whatever its mask: (B, 3, H, W) -> (B, classes)."""
-    side = side_of(model.cfg)
-    if not 1 <= rows <= side:
-        raise ValueError(f"there is no row {rows}: this model's images have rows 1 to {side}")
-    patches = range(rows * side) if model.cfg.cls_last else range(1, rows * side + 1)
-    keep = [*patches, side * side] if model.cfg.cls_last else [0, *patches]
-    x, rope = model.embed(images)[:, keep], None if model.rope is None else model.rope[:, keep]
-    mask = Mask(model.is_causal, *(m if m is None else m[keep][:, keep] for m in (model.attn_bias, model.attn_scale)))
-    for block in model.blocks:
-        x = block(x, rope, mask, model.cls if block is model.blocks[-1] else slice(None))
-    return model.head(model.norm(x)).squeeze(1)
+    cfg = model.cfg
+    require(1 <= rows <= cfg.grid, f"there is no row {rows}: this model's images have rows 1 to {cfg.grid}")
+    keep = list(range(rows * cfg.grid + 1))                          # the class token and the first patches
+    if cfg.cls_last:
+        keep[-1] = cfg.tokens - 1
+    x, rope, mask = model.embed(images)[:, keep], model.rope, model.mask()
+    if rope is not None:
+        rope = rope[:, keep]
+    if mask.attn_bias is not None:
+        mask = mask._replace(attn_bias=mask.attn_bias[keep][:, keep])
+    if mask.attn_scale is not None:
+        mask = mask._replace(attn_scale=mask.attn_scale[keep][:, keep])
+    for block in model.blocks[:-1]:
+        x = block(x, rope, mask)
+    x = model.blocks[-1](x, rope, mask.of_class_token(cfg.cls_last), model.cls)
+    return model.head(model.norm(x))[:, 0]
+
+
+def forward_on_prefixes(model, images):
+    """Logits; in training every second batch, by chance, is cut after a random row. train.py's loop seeds the draw."""
+    grid = model.cfg.grid
+    if not model.training or grid == 1 or torch.rand(()) < 0.5:
+        return VisionTransformer.forward(model, images)
+    return on_rows(model, images, int(torch.randint(1, grid, ())))
 
 
 def train_on_prefixes(argv):
-    """train.py, where in training every second batch, by chance, is cut after a random row. Its loop seeds the draw."""
-    whole = VisionTransformer.forward
-
-    def forward(self, images):
-        if not self.training or side_of(self.cfg) == 1 or torch.rand(()) < 0.5:
-            return whole(self, images)
-        return on_rows(self, images, int(torch.randint(1, side_of(self.cfg), ())))
-    VisionTransformer.forward = forward
     stop_on_signals()
-    train.main(argv)
+    train.main(argv, forward=forward_on_prefixes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,13 +123,13 @@ def train_on_prefixes(argv):
 
 @torch.no_grad()
 def logits_by_row(model, batches, device):
-    """Logits after each row of patches (rows, n, classes), and labels (n,), on the CPU. ValueError if an image cannot
+    """Logits after each row of patches (rows, n, classes), and labels (n,), on the CPU. InputError if an image cannot
     be read."""
     logits, labels = [], []
-    for images, targets, faults in batches:
-        check_readable(faults)
+    for images, targets, errors in batches:
+        check_readable(errors)
         images = normalize(images.to(device))
-        logits.append(torch.stack([on_rows(model, images, 1 + row) for row in range(side_of(model.cfg))]).cpu())
+        logits.append(torch.stack([on_rows(model, images, 1 + row) for row in range(model.cfg.grid)]).cpu())
         labels.append(targets)
     return torch.cat(logits, dim=1), torch.cat(labels)
 
@@ -137,7 +139,7 @@ def work(cfg, rows, answers):
     answer are those of the ordinary forward pass, less what its mask hides."""
     with torch.device("meta"):
         block = VisionTransformer(cfg).blocks[0]
-    D, row = cfg.width, side_of(cfg)
+    D, row = cfg.width, cfg.grid
     mlp = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
     patches = rows * row
     reading = patches * (3 * cfg.patch_size ** 2 * D + 3 * D ** 2)           # embedding; q, k and v of the last block
@@ -146,7 +148,7 @@ def work(cfg, rows, answers):
 
 
 def stop_early(logits, labels, threshold, cost):
-    """(accuracy in percent, mean rows read, mean cost) if reading ends once the largest probability is above a threshold.
+    """(accuracy in percent, mean rows read, mean cost) if reading ends once a probability is above a threshold.
 
     logits (rows, n, classes), labels (n,), cost (rows,): that of stopping after each row.
     """
@@ -162,9 +164,8 @@ def early_exit(logits, labels, cfg, loss=0.5):
     """The lowest threshold that costs at most `loss` points of accuracy on the images of even index, and what it gives
     on the others; beside it (accuracy, rows, work) there for a range of thresholds. Work is relative to one ordinary
     forward pass, and includes an answer after each row read."""
-    side = side_of(cfg)
-    once = work(cfg, side, [side])
-    cost = torch.tensor([work(cfg, rows, range(1, rows + 1)) / once for rows in range(1, side + 1)])
+    once = work(cfg, cfg.grid, [cfg.grid])
+    cost = torch.tensor([work(cfg, rows, range(1, rows + 1)) / once for rows in range(1, cfg.grid + 1)])
     chosen_on, others = ((logits[:, start::2], labels[start::2]) for start in (0, 1))
     thresholds = [i / 100 for i in range(10, 100)] + [0.995, 0.999, 1.0]
     whole = stop_early(*chosen_on, 1.0, cost)[0]
@@ -180,10 +181,9 @@ def measure(argv):
     parser.add_argument("checkpoints", nargs="+", help="runs' folders or their checkpoints")
     add_flags(parser)
     parser.add_argument("--out", help="append the rows to this file")
-    args = parse(parser, argv)
-    _, world, device, _ = setup(args.device, "float32")
-    if world > 1:
-        raise ValueError("rows are measured in one process: use python, not torchrun")
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    device = one_process(args.device)
     for source in args.checkpoints:
         model, checkpoint = open_model(source, device, args.soft_mask)
         val = open_val(source, checkpoint, model, args.data)
@@ -192,9 +192,11 @@ def measure(argv):
         logits, labels = logits_by_row(model, batches, device)
         by_row = [100 * (guess == labels).float().mean().item() for guess in logits.argmax(-1)]
         folder = Path(source).parent if Path(source).is_file() else Path(source)
-        row = describe(model, checkpoint, torch.float32)
+        row = describe(model.cfg, checkpoint, torch.float32)
         row |= dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row)
-        report(row | (early_exit(logits, labels, model.cfg) if model.is_causal else {}), args.out)
+        if model.is_causal:
+            row |= early_exit(logits, labels, model.cfg)
+        append_row(row, args.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,17 +212,27 @@ def read(argv):
     parser.add_argument("--soft-mask", type=float, help="alpha, for the checkpoint's")
     args = parser.parse_args(argv)
     model, checkpoint = open_model(args.checkpoint, torch.device("cpu"), args.soft_mask)
-    reader, patch, side = Reader(model), model.cfg.patch_size, side_of(model.cfg)
-    if args.rows is not None and not 1 <= args.rows <= side:
-        raise ValueError(f"--rows {args.rows}: this model's images have rows 1 to {side}")
-    if checkpoint["classes"] is None:
-        raise ValueError(f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
+    reader, patch, grid = Reader(model), model.cfg.patch_size, model.cfg.grid
+    rows = grid if args.rows is None else args.rows
+    require(1 <= rows <= grid, f"--rows {rows}: this model's images have rows 1 to {grid}")
+    require(checkpoint["classes"], f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
     transform = partial(eval_transform, size=model.cfg.img_size)
     image = normalize(Images([(read_image(args.image), 0)], transform)[0, 0][0][None])
-    for row in range(args.rows or side):
+    for row in range(rows):
         reader.read(image[:, :, row * patch: (row + 1) * patch])
         (name, probability), *_ = most_likely(reader.answer()[0], checkpoint["classes"]).items()
-        print(f"row {row + 1:2} of {side}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
+        print(f"row {row + 1:2} of {grid}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
+
+
+def medians_in_turns(ways, repeats, warm_up=0):
+    """{name: median seconds} of functions that take turns, so that a slow minute of the machine hits all of them."""
+    seconds = {name: [] for name in ways}
+    for repeat in range(warm_up + repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
 @torch.no_grad()
@@ -231,27 +243,25 @@ def cost(argv):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="append the rows to this file")
     args = parser.parse_args(argv)
+    check_bounds(vars(args))
     for img_size in args.img_sizes:
-        model = VisionTransformer(config("tiny", "abs_pos", img_size=img_size)).eval()
-        cfg, side, patch = model.cfg, side_of(model.cfg), model.cfg.patch_size
-        image, seconds = torch.randn(1, 3, img_size, img_size), {"reader": [], "again": [], "once": []}
+        model = VisionTransformer(checked_config(config, size="tiny", step="abs_pos", img_size=img_size)).eval()
+        cfg, grid, patch, image = model.cfg, model.cfg.grid, model.cfg.patch_size, torch.randn(1, 3, img_size, img_size)
 
         def by_reader():
             reader = Reader(model)
-            for row in range(side):
+            for row in range(grid):
                 reader.read(image[:, :, row * patch: (row + 1) * patch])
                 reader.answer()
-        ways = dict(reader=by_reader, again=lambda: [on_rows(model, image, 1 + row) for row in range(side)],
-                    once=lambda: model(image))
-        for _ in range(args.repeats):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - start)
-        macs = dict(reader=work(cfg, side, range(1, side + 1)), once=work(cfg, side, [side]),
-                    again=sum(work(cfg, rows, [rows]) for rows in range(1, side + 1)))
-        report(dict(img_size=img_size, rows=side, macs=macs,
-                    time_s={name: round(statistics.median(taken), 4) for name, taken in seconds.items()}), args.out)
+
+        def again():
+            for row in range(grid):
+                on_rows(model, image, 1 + row)
+        seconds = medians_in_turns(dict(reader=by_reader, again=again, once=lambda: model(image)), args.repeats)
+        macs = dict(reader=work(cfg, grid, range(1, grid + 1)), once=work(cfg, grid, [grid]),
+                    again=sum(work(cfg, rows, [rows]) for rows in range(1, grid + 1)))
+        append_row(dict(img_size=img_size, rows=grid, macs=macs,
+                        time_s={name: round(value, 4) for name, value in seconds.items()}), args.out)
 
 
 COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read, cost=cost)
@@ -259,10 +269,10 @@ COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read, cost=cost)
 
 @report_errors()
 def main(argv=None):
-    name, *flags = (sys.argv[1:] if argv is None else argv) or [""]
-    if name not in COMMANDS:
-        raise ValueError(f"give a command, one of {', '.join(COMMANDS)}, and its flags; COMMAND --help lists them")
-    COMMANDS[name](flags)
+    flags = sys.argv[1:] if argv is None else argv
+    require(flags and flags[0] in COMMANDS,
+            f"give a command, one of {', '.join(COMMANDS)}, and its flags; COMMAND --help lists them")
+    COMMANDS[flags[0]](flags[1:])
 
 
 if __name__ == "__main__":

@@ -10,29 +10,28 @@ Epochs count from 0. The highest top-1 is taken over all epochs, while best.pt o
 reached its final value. Losses, time and parameters are the last epoch's, images/s is the median over epochs. Time
 begins with the last start of train.py, so a run that was resumed shows less than it took. What is missing is a "-".
 """
-import itertools
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from eval import Parser, report_errors
+from harness.flags import InputError, Parser, report_errors, require
 from model import SIZES, STEPS, config
 from train import RECIPES
 
 HEAD = [("", "", "epochs", "highest", "at", "test", "train", "", "", ""),
         ("run", "settings that differ", "done", "top-1, %", "epoch", "loss", "loss", "images/s", "time", "parameters")]
-RUNGS = {step: {name: getattr(config(step=step), name) for rung in STEPS.values() for name in rung} for step in STEPS}
-IMPLIED = dict(size=SIZES, step=RUNGS, recipe={name: asdict(recipe) for name, recipe in RECIPES.items()})
+CHANGED = {name for changes in STEPS.values() for name in changes}           # fields of Config
+FIELDS = {step: {name: getattr(config(step=step), name) for name in CHANGED} for step in STEPS}
+IMPLIED = dict(size=SIZES, step=FIELDS, recipe={name: asdict(recipe) for name, recipe in RECIPES.items()})
 
 
 def read(path):
     """A run's folder or file -> the numbers of each row, and the settings by name ({} without a config.json)."""
     file, rows = path / "metrics.jsonl" if path.is_dir() else path, []
     lines = file.read_bytes().splitlines() if file.is_file() else []
-    if not lines:
-        raise ValueError(f"{file} is missing or empty: give the folder of a run that has finished an epoch, or a log")
+    require(lines, f"{file} is missing or empty: give the folder of a run that has finished an epoch, or a log")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_int=float)              # all numbers alike, and none too large to be shown
@@ -40,9 +39,9 @@ def read(path):
         except (ValueError, AttributeError, RecursionError):
             row = {}
         previous = rows[-1]["epoch"] if rows else -1             # a file with the last rows of many runs is no run
-        if not (row.get("epoch", -1) > previous and row.get("test_acc1", -1) >= 0):
-            raise ValueError(f"{file}, line {number}: not a JSON object with a number test_acc1 and a later epoch than "
-                             "the line before: give a run's folder, or the log of one run")
+        require(row.get("epoch", -1) > previous and row.get("test_acc1", -1) >= 0, f"{file}, line {number}: not a JSON "
+                "object with a number test_acc1 and a later epoch than the line before: give a run's folder, or the "
+                "log of one run")
         rows.append(row)
     saved = file.with_name("config.json")
     if file.name != "metrics.jsonl" or not saved.exists():
@@ -51,7 +50,7 @@ def read(path):
         parts = json.loads(saved.read_bytes())
         settings = {**parts["run"], **parts["recipe"], **parts["config"]}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{saved} is not a run's config.json: replace or remove it") from error
+        raise InputError(f"{saved} is not a run's config.json: replace or remove it") from error
     return rows, {name: value for name, value in settings.items() if name != "num_classes"}      # the data tell it
 
 
@@ -94,30 +93,38 @@ def draw(Figure, names, runs, path):
     fig.savefig(path, dpi=130)
 
 
+def short_names(runs):
+    """As much of the end of each run's path as tells them all apart."""
+    paths = [Path(run).absolute() for run in runs]
+    paths = [path.parent.parts if path.name == "metrics.jsonl" else path.parts for path in paths]
+    length = 1
+    while len({path[-length:] for path in paths}) < len(set(paths)):
+        length += 1
+    return [str(Path(*path[-length:])) for path in paths]
+
+
+@report_errors()
 def main(argv=None):
-    with report_errors():
-        parser = Parser(description="Compare runs: which settings they differ in, and what came of it.")
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a metrics.jsonl or a log")
-        parser.add_argument("--plot", metavar="FILE", help="draw their curves as .png, .pdf or .svg (needs matplotlib)")
-        args = parser.parse_args(argv)
-        if args.plot is not None:
-            if Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-                raise ValueError(f"--plot {args.plot}: give a file that ends in .png, .pdf or .svg")
-            try:
-                from matplotlib.figure import Figure
-            except ImportError as error:
-                raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-        runs, settings = zip(*(read(Path(run)) for run in args.runs))
-        paths = [Path(run).absolute() for run in args.runs]
-        paths = [path.parent.parts if path.name == "metrics.jsonl" else path.parts for path in paths]
-        depth = next(n for n in itertools.count(1) if len({path[-n:] for path in paths}) == len(set(paths)))
-        names = [str(Path(*path[-depth:])) for path in paths]    # as much of each path as tells them all apart
-        if args.plot is not None:                                # where this fails, nothing has been printed
-            draw(Figure, names, runs, args.plot)
-        table = HEAD + [[name, words, *numbers(rows)] for name, words, rows in zip(names, differences(settings), runs)]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        for row in table:
-            print("  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip())
+    parser = Parser(description="Compare runs: which settings they differ in, and what came of it.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a metrics.jsonl or a log")
+    parser.add_argument("--plot", metavar="FILE", help="draw their curves as .png, .pdf or .svg (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if args.plot is not None:
+        require(Path(args.plot).suffix.lower() in (".png", ".pdf", ".svg"),
+                f"--plot {args.plot}: give a file that ends in .png, .pdf or .svg")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+    runs, settings = zip(*(read(Path(run)) for run in args.runs))
+    names = short_names(args.runs)
+    if args.plot is not None:                                    # where this fails, nothing has been printed
+        draw(Figure, names, runs, args.plot)
+    table = HEAD + [[name, words, *numbers(rows)] for name, words, rows in zip(names, differences(settings), runs)]
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    for row in table:
+        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from data import Shapes, eval_transform, labels_of, open_data
-from eval import Parser, report_errors
-from experiments.ladder import RUNGS, title_of
+from data import eval_transform, labels_of, open_data
+from experiments.ladder import VARIANTS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.report import (PERCENT, READ, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_rung, climbed, read_by, rows,
-                                seeds_of, segmented, transferred)
-from model import STEPS, Config, VisionTransformer, build, open_checkpoint
+from experiments.results import (READ, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed, read_by, rows, seeds_of,
+                                 segmented, transferred)
+from experiments.transfer import PERCENT
+from harness.checkpoint import build, open_checkpoint
+from harness.flags import Parser, report_errors, require
+from model import STEPS, Config, VisionTransformer
+from synthetic.shapes import Shapes
 
 try:
     import matplotlib.pyplot as plt
@@ -154,10 +157,10 @@ def draw_ladder():
     """Each seed a mark and each mean a bar; beside it, the published accuracies."""
     found, epochs = climbed()
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(8, 5.3), sharey=True, width_ratios=(2, 1))
-    for y, rung in enumerate(RUNGS):
-        mean, published = fmean(found[rung]), RUNGS[rung].published
-        color, marker = (BLUE, "o") if rung in STEPS else (ORANGE, "D")
-        ours.plot(found[rung], [y] * len(found[rung]), marker, color=color, alpha=0.7)
+    for y, step in enumerate(VARIANTS):
+        mean, published = fmean(found[step]), VARIANTS[step].published
+        color, marker = (BLUE, "o") if step in STEPS else (ORANGE, "D")
+        ours.plot(found[step], [y] * len(found[step]), marker, color=color, alpha=0.7)
         ours.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2.2)
         ours.text(63.3, y, f"{mean:.1f}", va="center")
         if mean < 48:                                                            # left of the axis
@@ -167,12 +170,12 @@ def draw_ladder():
             theirs.text(75.3, y, f"{published}", va="center")
             if published < 71.5:
                 theirs.text(71.6, y, "← fails", color=GREEN, weight="bold", va="center")
-    ours.set(xlim=(48, 63), ylim=(len(RUNGS) - 0.5, -0.5), xlabel="CIFAR-10 top-1, %; the axis starts at 48",
+    ours.set(xlim=(48, 63), ylim=(len(VARIANTS) - 0.5, -0.5), xlabel="CIFAR-10 top-1, %; the axis starts at 48",
              title=f"measured here, {epochs} epochs")
     theirs.set(xlim=(71.5, 75.2), xticks=range(72, 76), xlabel="ImageNet top-1, %; from 71.5",
                title="published, size T")
-    names = [title_of(rung).replace(" ", "\n", 1) for rung in RUNGS]
-    ours.set_yticks(range(len(RUNGS)), names, family="monospace", fontsize=8)
+    names = [title_of(step).replace(" ", "\n", 1) for step in VARIANTS]
+    ours.set_yticks(range(len(VARIANTS)), names, family="monospace", fontsize=8)
     for ax in (ours, theirs):
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)
@@ -290,11 +293,11 @@ def draw_transfer():
 def draw_leak():
     """How far outputs move when the last patch is inverted: under the published soft mask, and two without leak."""
     fig, ax = plt.subplots(figsize=(8, 3.5))
-    found = by_rung("leak", "leak")                                              # {rung: {seed: a number per token}}
-    for rung, name, look in (("soft_mask", "soft, alpha 0 (published)", dict(color=ORANGE, marker="o", zorder=3)),
+    found = by_step("leak", "leak")                                              # {step: {seed: a number per token}}
+    for step, name, look in (("soft_mask", "soft, alpha 0 (published)", dict(color=ORANGE, marker="o", zorder=3)),
                              ("soft_log", "soft_log, alpha 0", dict(color=GREEN, linewidth=7, alpha=0.7)),
                              ("ps_cls", "causal", dict(color=BLUE, linestyle=(0, (3, 3))))):
-        percent = found[rung][0][:-2]                                    # without the last patch and the class token
+        percent = found[step][0][:-2]                                    # without the last patch and the class token
         last = len(percent)
         ends = f"{percent[0]:.2g} % at token 1, {percent[-1]:.3g} % at token {last}" if any(percent) else "exactly 0"
         ax.plot(range(1, last + 1), percent, label=f"{name}: {ends}", **look)
@@ -316,15 +319,15 @@ def draw_attention(runs, data):
     """What the class token attends to, a row per model: heat over the image, the most attended patch outlined."""
     fig, axes = plt.subplots(len(ATTENTION), 5, figsize=(8, 6.7))
     heat = LinearSegmentedColormap.from_list("", ["#d55e0000", "#d55e00b0"])     # from transparent to orange
-    for row, (rung, title) in zip(axes, ATTENTION.items()):
-        model = build(open_checkpoint(runs / f"{rung}-0" / "last.pt")).eval()
-        size, patch, grid = model.cfg.img_size, model.cfg.patch_size, model.cfg.img_size // model.cfg.patch_size
+    for row, (step, title) in zip(axes, ATTENTION.items()):
+        model = build(open_checkpoint(runs / f"{step}-0" / "last.pt")).eval()
+        size, patch, grid = model.cfg.img_size, model.cfg.patch_size, model.cfg.grid
         source = open_data(data, "val", size)
         horses = [i for i, label in enumerate(labels_of(source)) if source.classes[label] == "horse"]
         image = eval_transform(source[horses[3]][0], None, size)
         grey = 0.25 + 0.75 * np.asarray(image).mean(-1) / 255                    # H, W
         show(row[0], image)
-        row[0].set_ylabel(f"{rung}\n\n{title}", rotation=0, ha="left", va="center", labelpad=75)
+        row[0].set_ylabel(f"{step}\n\n{title}", rotation=0, ha="left", va="center", labelpad=75)
         patches = class_token_attention(model, TF.pil_to_tensor(image)[None])[:, 0]          # depth, P
         for ax, weights in zip(row[1:], patches):
             show(ax, grey, cmap="gray", vmin=0, vmax=1)
@@ -366,8 +369,7 @@ def main():
     parser.add_argument("--data", default="cifar10", help="attention: the validation images, as in train.py")
     with report_errors():
         args = parser.parse_args()
-        if plt is None:
-            raise ValueError("the figures need matplotlib: pip install matplotlib")
+        require(plt, "the figures need matplotlib: pip install matplotlib")
         plt.rcParams.update(STYLE)
         for name in args.names or FIGURES:
             save(name, draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]())

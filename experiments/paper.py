@@ -25,7 +25,7 @@ def paper_table():
     cifar, starting = ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], ["LLaMA2-7B, weight selection", "random weights"]
     lines = [  # where in the paper, what, the entries there: of which rows, with how many digits; ours
         ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny", schedules, 1,
-         means(*(top1[rung] for rung in ("abs_pos", "soft_mask", "soft_constant")))),
+         means(*(top1[step] for step in ("abs_pos", "soft_mask", "soft_constant")))),
         ("Table 3", "the same, B", "base", schedules, 1, ""),
         ("Table 4", "training loss without / with soft mask, T", "tiny_train", soft, 3,
          means(train["abs_pos"], train["soft_mask"], digits=3)),

@@ -11,10 +11,10 @@ To add a property, write a function of a Subject that returns a dict, and name i
 [1] calibration: Guo et al., arXiv 1706.04599       [2] shape or texture: Geirhos et al., arXiv 1811.12231
 """
 import copy
-import json
 import math
 import random
 import re
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,11 +25,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data import Images, Shapes, eval_batches, eval_transform, loader, normalize, open_folder, read_image, shorten
-from eval import (Parser, add_flags, describe, evaluate, open_model, open_val, parse, predict, report_errors, score,
-                  setup)
-from experiments.samples import sheet
-from model import VisionTransformer, make_mask
+from data import Images, eval_batches, eval_transform, loader, normalize
+from eval import add_flags, evaluate, open_model, open_val, predict, score
+from experiments.samples import check_png, sheet
+from harness.checkpoint import describe
+from harness.files import open_folder, read_image
+from harness.flags import Parser, check_bounds, report_errors, require, shorten
+from harness.processes import setup
+from harness.run import append_row
+from model import VisionTransformer
+from synthetic.shapes import Shapes
 
 
 @dataclass
@@ -38,42 +43,37 @@ class Subject:
     model: VisionTransformer
     source: Dataset              # the validation split: pairs (PIL image, label), and .classes
     device: torch.device
-    batch_size: int
-    workers: int
-    cue: str = "shapes-cue"      # cue-conflict images: shapes-cue, or a folder
-    image: str = ""              # the image to draw attention on; three of the validation split by default
-    draw: str = "attention.png"  # where that is drawn
+    args: Namespace              # flags
 
-    def images(self, source=None):
+    def images(self, source):
         """A data set as the model takes it, before normalize()."""
-        return Images(self.source if source is None else source, partial(eval_transform, size=self.model.cfg.img_size))
+        return Images(source, partial(eval_transform, size=self.model.cfg.img_size))
 
-    def batches(self, source=None):
-        images = self.images(source)
-        return loader(images, eval_batches(len(images.source), self.batch_size), self.workers, self.device)
+    def batches(self, source):
+        batches = eval_batches(len(source), self.args.batch_size)
+        return loader(self.images(source), batches, self.args.workers, self.device)
 
     @cached_property
     def predictions(self):
         """(logits, labels) of each batch of the validation split."""
-        return list(predict(self.model, self.batches(), self.device))
+        return list(predict(self.model, self.batches(self.source), self.device))
 
     @cached_property
     def conflict(self):
         """open_conflict() of the cue-conflict images, and {category: its classes} of the model."""
-        source, shapes, textures = open_conflict(self.cue, self.model.cfg.img_size)
+        source, shapes, textures = open_conflict(self.args.cue, self.model.cfg.img_size)
         known = categories(self.source.classes)
         unknown = sorted({*shapes, *textures} - known.keys())
-        if unknown:
-            raise ValueError(f"--cue {self.cue} has the categories {shorten(unknown)}, but the model knows "
-                             f"{shorten(known)}: use a model of these, or of ImageNet's 1,000 classes")
+        require(not unknown, f"--cue {self.args.cue} has the categories {shorten(unknown)}, but the model knows "
+                f"{shorten(known)}: use a model of these, or of ImageNet's 1,000 classes")
         return source, shapes, textures, known
 
     @cached_property
     def sample(self):
         """(30, 3, H, W), uint8: images drawn at random, the same each time; all of them if there are fewer."""
-        count = len(self.source)
+        images, count = self.images(self.source), len(self.source)
         places = random.Random("sample").sample(range(count), min(30, count))
-        return torch.stack([self.images()[0, place][0] for place in places]).to(self.device)
+        return torch.stack([images[0, place][0] for place in places]).to(self.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,10 +85,9 @@ def calibration(logits, labels, bins=15):
 
     logits (n, classes), labels (n,). Confidence is the largest probability, from i / bins to (i + 1) / bins in bin i.
     Returns dict(ece, reliability): ece from 0 to 1; (images, confidence, accuracy) of each bin that has any.
-    ValueError if a logit is not finite.
+    InputError if a logit is not finite.
     """
-    if not logits.isfinite().all():
-        raise ValueError("some logits are not finite, so they hold no confidence: use another checkpoint")
+    require(logits.isfinite().all(), "some logits are not finite, so they hold no confidence: use another checkpoint")
     confidence, guess = logits.cpu().double().softmax(-1).max(-1)
     place, hits = (confidence * bins).ceil() - 1, (guess == labels.cpu()).double()
     inside = [place == i for i in range(bins)]
@@ -131,10 +130,10 @@ def draw_attention(model, images, cell=128):
 
     images (B, 3, H, W), uint8, on the model's device. Returns a PIL image.
     """
-    side = model.cfg.img_size // model.cfg.patch_size
+    grid = model.cfg.grid
     patches = class_token_attention(model, images).cpu()                                     # depth, B, P
     light = patches / patches.amax(-1, keepdim=True).clamp(min=1e-12)
-    light = F.interpolate(light.unflatten(-1, (side, side)), (cell, cell), mode="nearest")   # depth, B, cell, cell
+    light = F.interpolate(light.unflatten(-1, (grid, grid)), (cell, cell), mode="nearest")   # depth, B, cell, cell
     pixels = TF.resize(images.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()     # B, 3, cell, cell
     cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels]).byte()       # 1 + depth, B, 3, ...
     texts = [["image", *(f"block {block}: {total:.0f} %" for block, total in enumerate(totals, 1))]
@@ -144,13 +143,13 @@ def draw_attention(model, images, cell=128):
 
 @torch.no_grad()
 def attention(subject):
-    model, images = subject.model, subject.sample[:3]
-    if subject.image:
-        images = subject.images([(read_image(subject.image), 0)])[0, 0][0][None].to(subject.device)
-    draw_attention(model, images).save(subject.draw)
+    model, images, args = subject.model, subject.sample[:3], subject.args
+    if args.image:
+        images = subject.images([(read_image(args.image), 0)])[0, 0][0][None].to(subject.device)
+    draw_attention(model, images).save(args.draw)
     variance = model(normalize(subject.sample)).var(0).mean().item()
     to_patches = class_token_attention(model, subject.sample).sum(-1).mean(1).tolist()
-    return dict(logit_variance=variance, attention_to_patches=to_patches, attention=str(subject.draw))
+    return dict(logit_variance=variance, attention_to_patches=to_patches, attention=args.draw)
 
 
 @torch.no_grad()
@@ -172,7 +171,8 @@ def leak(subject):
     labels = torch.cat([labels for _, labels in subject.predictions])
     classes = range(min(10, len(subject.source.classes)))
     places = torch.cat([(labels == label).nonzero()[:10, 0] for label in classes])
-    images = torch.stack([subject.images()[0, place][0] for place in places.tolist()])
+    images = subject.images(subject.source)
+    images = torch.stack([images[0, place][0] for place in places.tolist()])
     return dict(leak=output_change(subject.model, images.to(subject.device)))
 
 
@@ -222,24 +222,23 @@ def categories(classes):
 def open_conflict(data, img_size):
     """(data set, shapes, textures): what each image's shape and texture show, two lists of category names.
 
-    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. ValueError if it is
+    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. InputError if it is
     neither.
     """
     if data == "shapes-cue":
         source = Shapes("conflict", img_size, cue=True)
         pairs = [source.shape_and_texture(index, source.rng(index)) for index in range(len(source))]
-        return source, *([source.classes[label] for label in labels] for labels in zip(*pairs))
-    if not Path(data).is_dir():
-        raise ValueError(f"--cue {data} is neither shapes-cue nor a folder: give one with images "
-                         "SHAPE/shapeN-textureN.png")
-    source = open_folder(Path(data).parent, Path(data).name, None)
-    names = []
-    for path in map(source.path, range(len(source))):
-        match = re.fullmatch(r"(.+?)\d*-(.+?)\d*", Path(path).stem)
-        if not match or match[1] != Path(path).parent.name:
-            raise ValueError(f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
-        names.append(match.groups())
-    return source, *map(list, zip(*names))
+        names = [(source.classes[shape], source.classes[texture]) for shape, texture in pairs]
+    else:
+        require(Path(data).is_dir(), f"--cue {data} is neither shapes-cue nor a folder: give one with images "
+                "SHAPE/shapeN-textureN.png")
+        source, names = open_folder(Path(data).parent, Path(data).name), []
+        for path in (Path(source.path(index)) for index in range(len(source))):
+            match = re.fullmatch(r"(.+?)\d*-(.+?)\d*", path.stem)
+            require(match and match[1] == path.parent.name,
+                    f"{path} is not named as SHAPE/shapeN-textureN.png says: rename or remove it")
+            names.append(match.groups())
+    return source, [shape for shape, _ in names], [texture for _, texture in names]
 
 
 def shape_or_texture(subject):
@@ -248,7 +247,7 @@ def shape_or_texture(subject):
     decisions = to_categories(logits, known)
     decided = sum(s != t and d in (s, t) for d, s, t in zip(decisions, shapes, textures))
     return dict(shape_bias=shape_bias(decisions, shapes, textures) if decided else None, decided=decided,
-                conflicts=sum(map(str.__ne__, shapes, textures)))
+                conflicts=sum(s != t for s, t in zip(shapes, textures)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def quantize(model):
 
 def int8(subject):
     small, size = quantize(subject.model)
-    accuracy = evaluate(small, subject.batches(), subject.device)["test_acc1"]
+    accuracy = evaluate(small, subject.batches(subject.source), subject.device)["test_acc1"]
     return dict(int8_acc1=accuracy, int8_mb=size / 1e6,
                 float32_mb=4e-6 * sum(p.numel() for p in subject.model.parameters()))
 
@@ -300,10 +299,11 @@ def multiply_accumulates(cfg):
     ends = model.patch_embed.proj.weight.numel() * (N - 1) + model.head.weight.numel()
     block = N * (4 * D ** 2 + mlp) + 2 * N ** 2 * D
     last = 3 * N * D ** 2 + D ** 2 + mlp + 2 * N * D                 # q, k and v of all tokens, the rest of one
-    mask = make_mask(cfg)
-    hidden = D * N * (N - 1) if mask.is_causal else 0
-    hidden += 0 if mask.attn_bias is None else 2 * D * int(mask.attn_bias.isinf().sum())
-    hidden += 0 if mask.attn_scale is None else D * int((mask.attn_scale == 0).sum())
+    pairs = N * (N - 1) // 2                                         # of a query and a later key
+    if cfg.mask == "modified" and not cfg.cls_last:
+        pairs -= N - 1                                               # the class token's
+    saved = {"none": 0, "soft": 1}.get(cfg.mask, 2)                  # products that a hidden pair does not need
+    hidden = saved * D * pairs
     return dict(published=ends + cfg.depth * block, as_run=ends + (cfg.depth - 1) * block + last,
                 causal=ends + (cfg.depth - 1) * (block - hidden) + last)
 
@@ -312,17 +312,8 @@ def multiply_accumulates(cfg):
 # The table and the command line
 
 
-def report(row, out):
-    """Print a row, and append it to the file `out` if there is one."""
-    print(json.dumps(row), flush=True)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the row
-    "calibration": lambda subject: calibration(*map(torch.cat, zip(*subject.predictions))),
+    "calibration": lambda subject: calibration(*(torch.cat(part) for part in zip(*subject.predictions))),
     "rank": lambda subject: attention_rank(subject.model, normalize(subject.sample)),
     "attention": attention,
     "leak": leak,
@@ -332,36 +323,41 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
 }
 
 
+def one_process(device):
+    """The torch.device of a flag. InputError under torchrun."""
+    _, world, device, _ = setup(device, "float32")
+    require(world == 1, "rows are measured in one process: use python, not torchrun")
+    return device
+
+
+@report_errors()
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
     parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
     add_flags(parser)
     parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, or DIR/SHAPE/shapeN-textureN.png")
-    parser.add_argument("--image", default="", help="attention: draw it on this image, not on three of the data")
+    parser.add_argument("--image", help="attention: draw it on this image, not on three of the data")
     parser.add_argument("--draw", default="attention.png", help="attention: the .png to draw it in")
     parser.add_argument("--out", help="append the rows to this file")
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    check_png("--draw", args.draw)
 
-    with report_errors():
-        args = parse(parser, argv)
-        if not (Path(args.draw).suffix == ".png" and Path(args.draw).parent.is_dir()):
-            raise ValueError(f"--draw {args.draw}: give the path of a .png, in a folder that exists")
-        _, world, device, _ = setup(args.device, "float32")
-        if world > 1:
-            raise ValueError("properties are measured in one process: use python, not torchrun")
-        subjects, rows = [], []
-        for source in args.checkpoints:
-            model, checkpoint = open_model(source, device, args.soft_mask)
-            val = open_val(source, checkpoint, model, args.data)
-            subjects.append(Subject(model, val, device, args.batch_size, args.workers, args.cue, args.image, args.draw))
-            rows.append(describe(model, checkpoint, torch.float32))
-            if "shape_bias" in args.measure:
-                subjects[-1].conflict    # opened now: what is wrong with it is said before anything is measured
-        for subject, row in zip(subjects, rows):
-            row |= score(subject.predictions, device)
-            for name in args.measure:
-                row |= PROPERTIES[name](subject)
-            report(row, args.out)
+    device = one_process(args.device)
+    subjects, rows = [], []
+    for source in args.checkpoints:
+        model, checkpoint = open_model(source, device, args.soft_mask)
+        val = open_val(source, checkpoint, model, args.data)
+        subjects.append(Subject(model, val, device, args))
+        rows.append(describe(model.cfg, checkpoint, torch.float32))
+        if "shape_bias" in args.measure:
+            subjects[-1].conflict    # opened now: what is wrong with it is reported before anything is measured
+    for subject, row in zip(subjects, rows):
+        row |= score(subject.predictions, device)
+        for name in args.measure:
+            row |= PROPERTIES[name](subject)
+        append_row(row, args.out)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from statistics import fmean, stdev
 import torch
 
 import model
-from downstream.transfer import PERCENT
-from experiments.ladder import RUNGS, title_of
+from experiments.ladder import VARIANTS, title_of
 from experiments.paper import paper_table
 from experiments.properties import multiply_accumulates, singular_values_for
-from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_rung, climbed, comparisons, means,
-                                 measured, percent, plus_minus, read_by, rows, seeds_of, segmented, selected, table, transferred)
+from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed,
+                                 comparisons, means, measured, percent, plus_minus, read_by, rows, seeds_of, segmented,
+                                 selected, table, transferred)
+from experiments.transfer import PERCENT
 from model import VisionTransformer, config
 
 
@@ -23,15 +24,15 @@ from model import VisionTransformer, config
 # The ladder
 
 
-LADDER = {  # rung: its formula, and where it stands
+LADDER = {  # step: its formula, and where it stands
     "vit": ("x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
     "swiglu": ("W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
     "rmsnorm": ("x / √(mean(x²) + ε) · w", model.norm),
-    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", model.Mask),
+    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", VisionTransformer.mask),
     "ps_cls": ("[patch₁ … patch_P, cls]", VisionTransformer.embed),
     "rope": ("(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
     "abs_pos": ("x + pos", VisionTransformer.embed),
-    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", model.Mask),
+    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", VisionTransformer.mask),
 }
 
 
@@ -46,6 +47,29 @@ def ladder_table():
     return table("`--step` | formula | code | parameters", body, left=3)
 
 
+CODE = {  # files and folders: what they hold, in the order in which they are read
+    "model.py": "the architecture: `Config` and `STEPS`, then the parts with their formulas, then the model",
+    "train.py": "recipes and their sources, schedules, one loop (`main`)",
+    "data.py": "data sets, transforms, the order of images, the loader",
+    "eval.py": "accuracy of a checkpoint, the classes of one image",
+    "test_model.py": "the architecture's specification, a property per test",
+    "harness/": "not needed: command line, processes, checkpoints, a run's folder, image files",
+    "synthetic/": "the drawn data sets",
+    "downstream/": "with a trained model: segmentation, a smaller model's start",
+    "experiments/": "the paper's claims measured again; comparisons of many runs",
+    "benchmarks/": "speed and memory beside timm and torchvision",
+}
+
+
+def code_table():
+    body = []
+    for name, what in CODE.items():
+        path = ROOT / name
+        lines = "" if path.is_dir() else str(len(path.read_text().splitlines()))
+        body.append([f"[{name}]({name.rstrip('/')})", what, lines])
+    return table("in this order | what it holds | lines", body, left=2)
+
+
 def or_nothing(value, digits):
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -54,11 +78,11 @@ def results_table():
     found, losses = climbed()[0], climbed("train_loss")[0]
     changes, with_vit, without_vit = comparisons()
     body = []
-    for rung, row in RUNGS.items():
-        change = f"{changes[rung]:+.1f}" if rung in changes else ""
-        change = f"**{change}**" if rung in with_vit else f"*{change}*" if rung in without_vit else change
-        body.append([f"`{title_of(rung)}`", row.what, f"`{row.against}`" if row.against else "", plus_minus(found[rung]),
-                     change, f"{fmean(losses[rung]):.3f}", or_nothing(row.published, 1), or_nothing(row.published_loss, 3),
+    for step, row in VARIANTS.items():
+        change = f"{changes[step]:+.1f}" if step in changes else ""
+        change = f"**{change}**" if step in with_vit else f"*{change}*" if step in without_vit else change
+        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", plus_minus(found[step]),
+                     change, f"{fmean(losses[step]):.3f}", or_nothing(row.published, 1), or_nothing(row.published_loss, 3),
                      or_nothing(row.published_base, 1), or_nothing(row.published_base_loss, 3)])
     return table("`--step` | what it changes | against | top-1, % | difference | train loss | paper ¹, T: top-1 | train loss "
                  "| B: top-1 | train loss", body, left=3)
@@ -105,9 +129,9 @@ def calibration_table():
 
 def shape_table():
     body, conflicts = [], rows("shape-bias")[0]["conflicts"]
-    for rung in sorted(by_rung("shape-bias"), key=list(RUNGS).index):
-        accuracy, bias, decided = (seeds_of("shape-bias", key, rung) for key in ("test_acc1", "shape_bias", "decided"))
-        body.append([f"`{title_of(rung)}`", accuracy, percent(bias), percent([conflicts - count for count in decided], conflicts)])
+    for step in sorted(by_step("shape-bias"), key=list(VARIANTS).index):
+        accuracy, bias, decided = (seeds_of("shape-bias", key, step) for key in ("test_acc1", "shape_bias", "decided"))
+        body.append([f"`{title_of(step)}`", accuracy, percent(bias), percent([conflicts - count for count in decided], conflicts)])
     return table("step | cues agree: top-1, % | cues conflict: shape bias, % | neither cue, %", body)
 
 
@@ -193,7 +217,7 @@ def transfer_table():
 
 
 def select_table():
-    starts = {"random": "random weights", "uniform": "`--select uniform`", "aligned": "`--select aligned`"}
+    starts = {"random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`"}
     return table("start: top-1, % | epoch 1 | epoch 2 | epoch 3",
                  [[what, *zip(*selected(start))] for start, what in starts.items()])
 
@@ -301,7 +325,7 @@ def mask_table():
 
 
 PARTS = dict(
-    ladder=ladder_table, results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
+    code=code_table, ladder=ladder_table, results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     anytime=anytime_table, exit=exit_table, reading=reading_table, runs=runs_table, longer=longer_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,

@@ -1,6 +1,6 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and how they are written.
 
-ladder.jsonl and cue.jsonl are rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
+ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
 leak.jsonl those of its `--measure leak`; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
 of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl,
@@ -14,10 +14,10 @@ import math
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
-from downstream.transfer import RUNGS as TRANSFER_RUNGS
-from experiments.ladder import RUNGS, flags_of
+from experiments.ladder import VARIANTS, flags_of
+from experiments.transfer import COMPARED
 from model import STEPS
-from train import parse_flags
+from train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,44 +27,44 @@ def rows(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By rung and seed
+# By step and seed
 
 
-CHANGES = {rung: parse_flags(flags_of(rung).split()) for rung in RUNGS}
+CHANGES = {step: parse(flags_of(step).split()) for step in VARIANTS}
 
 
-def rung_of(row):
-    """The rung that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
+def step_of(row):
+    """The step that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
     size = ("width", "depth", "heads")
     changes = {name: value for name, value in row.get("overrides", {}).items() if name not in size}
     if row["step"] not in STEPS:
         return row["step"]
     other = f"{row['step']} {changes}" if changes else row["step"]
-    return next((rung for rung in RUNGS if CHANGES[rung] == dict(step=row["step"]) | changes), other)
+    return next((step for step in VARIANTS if CHANGES[step] == dict(step=row["step"]) | changes), other)
 
 
-def by_rung(name, key="test_acc1", **fields):
-    """{rung: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
+def by_step(name, key="test_acc1", **fields):
+    """{step: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
     found = {}
     for row in rows(name):
         if all(row[field] == value for field, value in fields.items()):
-            found.setdefault(rung_of(row), {})[row["seed"]] = row[key]
+            found.setdefault(step_of(row), {})[row["seed"]] = row[key]
     return found
 
 
 def seeds_of(name, key, step):
-    return list(by_rung(name, key)[step].values())
+    return list(by_step(name, key)[step].values())
 
 
 def climbed(key="test_acc1"):
-    """{rung: values} of the longest runs that there are of every rung, by the seeds that all rungs have; and their
+    """{step: values} of the longest runs that there are of every step, by the seeds that all steps have; and their
     epochs."""
     for last in sorted({row["epoch"] for row in rows("ladder")}, reverse=True):
-        found = by_rung("ladder", key, epoch=last)
+        found = by_step("ladder", key, epoch=last)
         seeds = sorted(set.intersection(*(set(values) for values in found.values())))
-        if found.keys() >= RUNGS.keys() and len(seeds) > 1:
-            return {rung: [found[rung][seed] for seed in seeds] for rung in RUNGS}, last + 1
-    raise ValueError("ladder.jsonl has no two seeds of every rung: run python -m experiments.ladder")
+        if found.keys() >= VARIANTS.keys() and len(seeds) > 1:
+            return {step: [found[step][seed] for seed in seeds] for step in VARIANTS}, last + 1
+    raise ValueError("ladder.jsonl has no two seeds of every step: run python -m experiments.ladder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ def quantile_of_t(degrees, fraction=0.95):
 
 
 def standard_error(found):
-    """(standard error of the difference of two rungs' means, degrees of freedom), in a design of rungs x seeds.
+    """(standard error of the difference of two steps' means, degrees of freedom), in a design of steps x seeds.
 
-    A seed fixes the order of the images and their crops, and so moves all rungs together; what is left of a run when
-    its rung's and its seed's means are taken out is the noise. Rungs whose class token is blind have another, or none.
+    A seed fixes the order of the images and their crops, and so moves all steps together; what is left of a run when
+    its step's and its seed's means are taken out is the noise. Steps whose class token is blind have another, or none.
     """
-    runs = [values for rung, values in found.items() if rung not in ("causal", "soft_first")]
+    runs = [values for step, values in found.items() if step not in ("causal", "soft_first")]
     seeds = len(runs[0])
     means = [fmean(values[seed] for values in runs) for seed in range(seeds)]
     left = [value - fmean(values) - mean + fmean(means) for values in runs for value, mean in zip(values, means)]
@@ -93,23 +93,23 @@ def standard_error(found):
 
 
 def significant(changes, error, degrees, level=0.05):
-    """Those of the changes {rung: difference} that are not noise, by Holm's step-down procedure: the probability that
+    """Those of the changes {step: difference} that are not noise, by Holm's step-down procedure: the probability that
     any of them is called so wrongly is at most `level`."""
     found = set()
-    for tested, rung in enumerate(sorted(changes, key=lambda rung: -abs(changes[rung]))):
-        if abs(changes[rung]) <= quantile_of_t(degrees, 1 - level / (len(changes) - tested)) * error:
+    for tested, step in enumerate(sorted(changes, key=lambda step: -abs(changes[step]))):
+        if abs(changes[step]) <= quantile_of_t(degrees, 1 - level / (len(changes) - tested)) * error:
             break
-        found.add(rung)
+        found.add(step)
     return found
 
 
 def comparisons():
-    """{rung: its difference to the rung that it is compared with}; which of them are significant; and which are if `vit`
+    """{step: its difference to the step that it is compared with}; which of them are significant; and which are if `vit`
     is left out of the comparisons and of the estimate of the noise."""
     found, _ = climbed()
-    changes = {rung: fmean(found[rung]) - fmean(found[row.against]) for rung, row in RUNGS.items() if row.against}
-    others = {rung: values for rung, values in found.items() if rung != "vit"}
-    among = {rung: change for rung, change in changes.items() if RUNGS[rung].against != "vit"}
+    changes = {step: fmean(found[step]) - fmean(found[row.against]) for step, row in VARIANTS.items() if row.against}
+    others = {step: values for step, values in found.items() if step != "vit"}
+    among = {step: change for step, change in changes.items() if VARIANTS[step].against != "vit"}
     return changes, significant(changes, *standard_error(found)), significant(among, *standard_error(others))
 
 
@@ -132,7 +132,7 @@ READ = {  # name of the runs, less their seed: how they were trained
 MODELS = {"vit": "ViT", "soft_mask": "iLLaMA"}
 SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)"}
 STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
-TRANSFERRED = {step: SEGMENTED[step] for step in TRANSFER_RUNGS}
+TRANSFERRED = {step: SEGMENTED[step] for step in COMPARED}
 
 
 def read_by(name, key):
@@ -141,19 +141,19 @@ def read_by(name, key):
 
 
 def segmented(name, step, pretrained):
-    """The rows of downstream.segment or downstream.where of a rung, a seed each, from CIFAR-10's weights or without."""
+    """The rows of downstream.segment or experiments.where at a step, a seed each, from CIFAR-10's weights or without."""
     return [row for row in rows(name) if row["step"] == step and bool(row["init_from"]) == pretrained]
 
 
 def transferred(start, step, percent):
-    """Top-1 of each seed's run of downstream.transfer."""
+    """Top-1 of each seed's run of experiments.transfer."""
     found = {row["seed"]: row["test_acc1"] for row in rows("transfer")
              if (row["start"], row["step"], row.get("percent")) == (start, step, percent)}
     return [found[seed] for seed in sorted(found)]
 
 
 def selected(start):
-    """Top-1 after each epoch, of each seed's run of downstream.select."""
+    """Top-1 after each epoch, of each seed's run of experiments.select."""
     return [row["acc1_by_epoch"] for row in sorted(rows("select"), key=lambda row: row["seed"]) if row["start"] == start]
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
 from data import DATASETS, Images, eval_transform, open_data, train_transform
-from eval import Parser, report_errors
+from harness.flags import Parser, check_bounds, report_errors, require
 
 
 def sheet(rows, cell):
@@ -33,6 +33,13 @@ def samples(images, classes, rows, columns=10):
     return [cells[i: i + columns] for i in range(0, len(cells), columns)]
 
 
+def check_png(flag, path):
+    """InputError if nothing can be drawn there."""
+    require(Path(path).suffix == ".png" and Path(path).parent.is_dir(),
+            f"{flag} {path}: give the path of a .png, in a folder that exists")
+
+
+@report_errors()
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder with train/ and val/")
@@ -41,20 +48,17 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=6, help="of ten images each")
     parser.add_argument("--augment", action="store_true", help="crop, flip and RandAugment, as published")
     parser.add_argument("--out", default="samples.png", help="where the sheet goes")
-    with report_errors():
-        args = parser.parse_args(argv)
-        if min(args.img_size, args.rows) < 1:
-            raise ValueError("--img-size and --rows must be at least 1")
-        if Path(args.out).suffix != ".png":
-            raise ValueError(f"--out {args.out}: give the path of a .png")
-        if args.split == "conflict" and args.data != "shapes-cue":
-            raise ValueError(f"--data {args.data} has no --split conflict: shapes-cue has one")
-        transform = partial(eval_transform, size=args.img_size)
-        if args.split == "train" or args.augment:
-            transform = partial(train_transform, size=args.img_size, augment=args.augment)
-        source = open_data(args.data, args.split, args.img_size)
-        sheet(samples(Images(source, transform), source.classes, args.rows), cell=96).save(args.out)
-        print(f"{len(source):,} images in {len(source.classes)} classes; a sample of them is in {args.out}")
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    check_png("--out", args.out)
+    require(args.split != "conflict" or args.data == "shapes-cue",
+            f"--data {args.data} has no --split conflict: shapes-cue has one")
+    transform = partial(eval_transform, size=args.img_size)
+    if args.split == "train" or args.augment:
+        transform = partial(train_transform, size=args.img_size, augment=args.augment)
+    source = open_data(args.data, args.split, args.img_size)
+    sheet(samples(Images(source, transform), source.classes, args.rows), cell=96).save(args.out)
+    print(f"{len(source):,} images in {len(source.classes)} classes; a sample of them is in {args.out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from data import eval_transform, normalize, open_data
-from model import build
+from harness.checkpoint import build
 
 ROOT = Path(__file__).parents[1]
 # A model and a run of seconds: two blocks, 16 pixels, 24 images in 3 iterations.

@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import eval
 import model
+from harness import processes
 
 rank, moment, number, fault, *flags = sys.argv[1:]
 moments = Counter()
@@ -37,7 +37,7 @@ def strike():
     elif fault != "nan":
         os.kill(os.getpid(), signal.Signals[fault])
     deadline = time.monotonic() + 5
-    while fault.startswith("SIG") and not eval.stop and time.monotonic() < deadline:     # a thread of eval.py takes it
+    while fault.startswith("SIG") and not processes.stop_requests and time.monotonic() < deadline:     # a thread takes it
         time.sleep(0.01)
 
 

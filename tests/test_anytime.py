@@ -14,13 +14,13 @@ from experiments.properties import multiply_accumulates
 from model import config
 from test_model import build, hashed_images
 
-exactly_causal = pytest.mark.parametrize("rung, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_log", 0.0)])
+exactly_causal = pytest.mark.parametrize("step, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_log", 0.0)])
 
 
 @exactly_causal
 @torch.no_grad()
-def test_after_each_row_the_answer_is_that_of_the_model_run_on_these_rows_alone(rung, alpha):
-    model, images = build(rung, alpha), hashed_images(2)                     # 4 rows of 4 patches
+def test_after_each_row_the_answer_is_that_of_the_model_run_on_these_rows_alone(step, alpha):
+    model, images = build(step, alpha), hashed_images(2)                     # 4 rows of 4 patches
     reader = Reader(model)
     for row in range(4):
         reader.read(images[:, :, 8 * row: 8 * row + 8])
@@ -39,16 +39,16 @@ def test_it_does_not_matter_how_many_rows_arrive_at_once_or_how_often_it_is_aske
 
 
 @torch.no_grad()
-def test_on_all_rows_every_rung_is_the_ordinary_forward_pass():
-    for rung in ("vit", "rmsnorm", "causal", "modified", "soft_mask"):
-        model, images = build(rung, 0.5 if rung == "soft_mask" else None), hashed_images(2)
+def test_on_all_rows_every_step_is_the_ordinary_forward_pass():
+    for step in ("vit", "rmsnorm", "causal", "modified", "soft_mask"):
+        model, images = build(step, 0.5 if step == "soft_mask" else None), hashed_images(2)
         torch.testing.assert_close(on_rows(model, images, 4), model(images), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_rows_that_are_not_read_do_not_matter():
-    for rung in ("rmsnorm", "abs_pos"):
-        model, images = build(rung), hashed_images(2)
+    for step in ("rmsnorm", "abs_pos"):
+        model, images = build(step), hashed_images(2)
         images[1, :, :16], images[1, :, 16:] = images[0, :, :16], 0
         one, other = on_rows(model, images, 2)
         torch.testing.assert_close(one, other)           # places in a batch may round differently
@@ -68,10 +68,10 @@ def test_each_patch_goes_through_the_blocks_once():
 
 @torch.no_grad()
 def test_under_the_published_soft_mask_keys_and_values_of_the_first_rows_depend_on_those_to_come():
-    for rung, alpha, same in (("soft_mask", 0.0, False), ("soft_log", 0.0, True)):
+    for step, alpha, same in (("soft_mask", 0.0, False), ("soft_log", 0.0, True)):
         images = hashed_images(2)
         images[1, :, :8] = images[0, :, :8]                                  # the same first row of patches
-        first, second = build(rung, alpha).forward_features(images)[:, :4]
+        first, second = build(step, alpha).forward_features(images)[:, :4]
         assert torch.allclose(first, second, atol=1e-6) == same
 
 
@@ -114,17 +114,11 @@ def test_the_threshold_is_chosen_on_other_images_than_it_is_tried_on():
 def test_training_on_prefixes_resumes_exactly_and_differs_from_training_on_whole_images(photos, tmp_path, monkeypatch):
     flags = ["--data", str(photos), "--step", "abs_pos", *SMALL]
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(train.VisionTransformer, "forward", train.VisionTransformer.forward)         # put back at the end
     monkeypatch.setattr(anytime, "stop_on_signals", lambda: None)
-    forward = train.VisionTransformer.forward
     anytime.main(["train", *flags, "--out", str(tmp_path / "prefixes")])
-    train.VisionTransformer.forward = forward
-    monkeypatch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))   # after an epoch
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))     # after an epoch
         anytime.main(["train", *flags, "--out", str(tmp_path / "resumed")])
-    monkeypatch.undo()
-    monkeypatch.setattr(anytime, "stop_on_signals", lambda: None)
-    monkeypatch.setattr(train.VisionTransformer, "forward", forward)
     anytime.main(["train", *flags, "--out", str(tmp_path / "resumed"), "--resume"])
     assert metrics(tmp_path / "prefixes") == metrics(tmp_path / "resumed") != metrics(tmp_path / "whole")
 
@@ -150,9 +144,9 @@ def test_bad_input_is_refused_in_one_sentence(photos, finished, tmp_path, capsys
     assert "--rows 3: this model's images have rows 1 to 2" in refused(
         anytime, ["read", tmp_path / "a", "--image", image, "--rows", "3"], capsys)
     assert "give a command, one of train, measure, read, cost" in refused(anytime, [], capsys)
-    for rung, alpha in (("soft_mask", 0.0), ("soft_log", 0.5), ("rmsnorm", None), ("causal", None)):
+    for step, alpha in (("soft_mask", 0.0), ("soft_log", 0.5), ("rmsnorm", None), ("causal", None)):
         with pytest.raises(ValueError, match="reading row by row needs"):
-            Reader(build(rung, alpha))
+            Reader(build(step, alpha))
     reader, images = Reader(build("abs_pos")), hashed_images(1)
     with pytest.raises(ValueError, match="nothing has been read"):
         reader.answer()

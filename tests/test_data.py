@@ -14,9 +14,11 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from data import (FILL, MEAN, OPERATIONS, STD, Images, Shapes, erase, eval_batches, eval_transform, fit, loader, mix,
-                  normalize, open_data, rand_augment, read_image, resized_crop, train_batches, train_transform)
+from data import (FILL, MEAN, OPERATIONS, STD, Images, erase, eval_batches, eval_transform, fit, loader, mix, normalize,
+                  open_data, rand_augment, resized_crop, train_batches, train_transform)
 from experiments import samples
+from harness.files import read_image
+from synthetic.shapes import Shapes
 
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -425,9 +427,9 @@ def test_the_next_image_stands_in_for_an_unreadable_one(photos, tmp_path):
     shutil.copytree(photos / "val", tmp_path / "val")
     (tmp_path / "val" / "cat" / "03.png").write_bytes(b"")
     images = Images(open_data(str(tmp_path), "val", 16), partial(eval_transform, size=16))
-    faults = [fault for *_, fault in (images[0, i] for i in range(11))]
-    assert [bool(fault) for fault in faults] == [False, True, *[False] * 9]
-    assert faults[1].startswith(f"{tmp_path}/val/cat/03.png cannot be read as an image")
+    errors = [error for *_, error in (images[0, i] for i in range(11))]
+    assert [bool(error) for error in errors] == [False, True, *[False] * 9]
+    assert errors[1].startswith(f"{tmp_path}/val/cat/03.png cannot be read as an image")
     assert torch.equal(images[0, 1][0], images[0, 2][0]) and images[0, 1][1] == images[0, 2][1]
 
 

@@ -16,7 +16,9 @@ from PIL import Image
 import eval as evaluation
 from conftest import ROOT, by_hand, refused, torchrun
 from data import open_data
-from model import VisionTransformer, build, config, open_checkpoint
+from harness.checkpoint import build, open_checkpoint
+from harness.flags import report_errors
+from model import VisionTransformer, config
 
 
 def printed(argv, capsys):
@@ -45,15 +47,16 @@ def test_top_5_counts_the_five_largest_logits():
     assert result["images"] == 6
 
 
-def test_a_request_to_stop_ends_an_evaluation_before_its_next_batch():
+def test_a_request_to_stop_ends_an_evaluation_before_its_next_batch(monkeypatch):
     class Asked(torch.nn.Module):
         def forward(self, images):
             stop.append("a signal")
             seen.append(len(images))
             return torch.zeros(len(images), 10)
     stop, seen = [], []
+    monkeypatch.setattr(evaluation, "stop_requests", stop)
     batches = 5 * [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ["", "", ""])]
-    assert evaluation.evaluate(Asked(), batches, torch.device("cpu"), stop=stop) is None and seen == [3]
+    assert evaluation.evaluate(Asked(), batches, torch.device("cpu")) is None and seen == [3]
 
 
 def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
@@ -131,7 +134,7 @@ def published(monkeypatch, tmp_path):
     model = VisionTransformer(config("tiny", img_size=16, patch_size=8, num_classes=3))
     arguments = argparse.Namespace(model="illama_tiny", lr=0.004, finetune=None)
     torch.save({"model": model.state_dict(), "epoch": 299, "args": arguments}, tmp_path / "illama-tiny-in1k-75.0.pth")
-    monkeypatch.setattr("model.PUBLISHED_URL", tmp_path.as_uri())
+    monkeypatch.setattr("harness.checkpoint.PUBLISHED_URL", tmp_path.as_uri())
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     return model
 
@@ -184,7 +187,7 @@ def test_published_weights_are_loaded_strictly_and_need_their_classes(published,
 
 def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr("model.PUBLISHED_URL", (tmp_path / "nowhere").as_uri())
+    monkeypatch.setattr("harness.checkpoint.PUBLISHED_URL", (tmp_path / "nowhere").as_uri())
     said = refused(evaluation, ["illama-small-in1k-79.9", "--data", "shapes"], capsys)
     assert "illama-small-in1k-79.9.pth could not be downloaded to" in said and "connect to a network, or give" in said
 
@@ -230,9 +233,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--image", ""], "argument --image: it is empty: give a value, or drop the flag"),
     (["--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
     (["--image", __file__], "test_eval.py cannot be read as an image"),
-    (["--soft-mask", "2"], "alpha is 2.0; it must be between 0 and 1"),
+    (["--soft-mask", "2"], "--soft-mask is 2.0; it must be from 0 to 1"),
     (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--image", "a.png", "--data", "shapes"], "--image classifies one image alone: drop it, or --data"),
     (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
@@ -262,7 +265,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
                           (dict(swiglu=False), 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"'),
                           (dict(num_classes=4), "size mismatch for head.bias: copying a param with shape torch.Size([3])"),
                           (dict(colour=1), "other.pt: config has the unknown field 'colour': use another file"),
-                          (dict(depth=0), "depth is 0; it must be at least 1")):
+                          (dict(depth=0), "other.pt: config: depth is 0; it must be from 1 to 1,000")):
         torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")
         assert said in refused(evaluation, [tmp_path / "other.pt"], capsys)
     torch.save(dict(config=checkpoint["config"], model=checkpoint["model"]), tmp_path / "part.pt")
@@ -281,7 +284,7 @@ def test_missing_and_damaged_checkpoints_are_refused(finished, tmp_path, capsys)
 
 
 def test_an_error_in_the_code_is_not_reported_as_bad_input(capsys):
-    with pytest.raises(ValueError, match="unpack"), evaluation.report_errors():
+    with pytest.raises(ValueError, match="unpack"), report_errors():
         _, _ = (1,)
     assert capsys.readouterr().err == ""
 

@@ -12,7 +12,7 @@ import pytest
 import train
 from conftest import ROOT, SMALL
 from experiments import report, results
-from experiments.ladder import PUBLISHED, RUNGS
+from experiments.ladder import PUBLISHED, VARIANTS
 
 
 def ladder(tmp_path, data, seeds, epochs=2, wait=True):
@@ -20,7 +20,7 @@ def ladder(tmp_path, data, seeds, epochs=2, wait=True):
     program = f"""
 import sys
 from experiments import ladder
-sys.argv = ["ladder.py", "--data", {str(data)!r}, "--rungs", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
+sys.argv = ["ladder.py", "--data", {str(data)!r}, "--steps", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
             "--epochs", "{epochs}", "--out", {str(tmp_path / "runs")!r}]
 ladder.FLAGS = {" ".join(SMALL)!r}
 ladder.main()
@@ -84,9 +84,9 @@ def test_quantiles_are_those_of_students_t(degrees, share, expected):
     assert results.quantile_of_t(degrees, share) == pytest.approx(expected, abs=5e-3)
 
 
-def test_noise_is_what_neither_rung_nor_seed_explains():
+def test_noise_is_what_neither_step_nor_seed_explains():
     seeds, noise = [0, 3, -1], [[0.1, -0.2, 0.1], [-0.1, 0.2, -0.1]]         # rows and columns sum to 0
-    found = {rung: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, rung in enumerate(("vit", "swiglu"))}
+    found = {step: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, step in enumerate(("vit", "swiglu"))}
     squares, degrees = 0.12, 2
     error, freedom = results.standard_error(found | {"causal": [10, 10, 10]})
     assert error == pytest.approx((squares / degrees * 2 / 3) ** 0.5) and freedom == degrees
@@ -101,23 +101,23 @@ def test_many_comparisons_are_corrected_for_from_the_largest_down():
     assert significant(9, bounds[1] - 0.01, bounds[2] + 0.01) == {0} and significant(bounds[2] + 0.01) == {0}
 
 
-@pytest.mark.parametrize("step, overrides, rung", [
+@pytest.mark.parametrize("step, overrides, variant", [
     ("vit", {}, "vit"), ("rmsnorm", dict(width=96, rope=True, abs_pos=False), "rope_alone"), ("modified", {}, "modified"),
     ("soft_mask", dict(depth=4, mask="soft_log"), "soft_log"), ("rmsnorm", dict(heads=3), "rmsnorm"),
     ("rmsnorm", dict(mask="soft"), "rmsnorm {'mask': 'soft'}")])
-def test_a_row_is_filed_under_its_rung_by_what_it_changes(step, overrides, rung):
-    assert results.rung_of(dict(step=step, overrides=overrides)) == rung
+def test_a_row_is_filed_under_its_variant_by_what_it_changes(step, overrides, variant):
+    assert results.step_of(dict(step=step, overrides=overrides)) == variant
 
 
 def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(monkeypatch):
-    def row(rung, seed, accuracy, epoch=2):
-        return dict(step=rung, seed=seed, test_acc1=accuracy, train_loss=1.5, epoch=epoch)
+    def row(step, seed, accuracy, epoch=2):
+        return dict(step=step, seed=seed, test_acc1=accuracy, train_loss=1.5, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1, 0]
-    means = dict.fromkeys(RUNGS, 55) | dict(vit=50, causal=10, modified=55.1)
-    table = [row(rung, seed, mean + seed + wobble[i] * (1 - 2 * seed))
-             for i, (rung, mean) in enumerate(means.items()) for seed in (0, 1)]
-    shorter = [row(rung, seed, 30, epoch=1) for rung in means for seed in (0, 1, 2)]
-    table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one rung
+    means = dict.fromkeys(VARIANTS, 55) | dict(vit=50, causal=10, modified=55.1)
+    table = [row(step, seed, mean + seed + wobble[i] * (1 - 2 * seed))
+             for i, (step, mean) in enumerate(means.items()) for seed in (0, 1)]
+    shorter = [row(step, seed, 30, epoch=1) for step in means for seed in (0, 1, 2)]
+    table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one step
     monkeypatch.setattr(results, "rows", lambda name: table)
     lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
     assert "|  | 50.5 ± 0.6 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
@@ -127,13 +127,13 @@ def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_las
 
 
 def test_what_is_significant_without_vit_alone_is_set_apart(monkeypatch):
-    means = dict.fromkeys(RUNGS, 55) | dict(ps_cls=57, causal=10, soft_first=10)
+    means = dict.fromkeys(VARIANTS, 55) | dict(ps_cls=57, causal=10, soft_first=10)
     wobble = [0.1, -0.1, 0.05, -0.05, 0.1, -0.1, 0, 0.05, -0.05, 0.1, -0.1, 0, 0.05]
-    accuracies = {rung: [mean + seed * wobble[i] for seed in (-1, 0, 1)] for i, (rung, mean) in enumerate(means.items())}
+    accuracies = {step: [mean + seed * wobble[i] for seed in (-1, 0, 1)] for i, (step, mean) in enumerate(means.items())}
     accuracies["vit"] = [58, 55, 52]                                     # against all others
     monkeypatch.setattr(results, "rows", lambda name: [
-        dict(step=rung, seed=seed, test_acc1=value, train_loss=1, epoch=2)
-        for rung, values in accuracies.items() for seed, value in enumerate(values)])
+        dict(step=step, seed=seed, test_acc1=value, train_loss=1, epoch=2)
+        for step, values in accuracies.items() for seed, value in enumerate(values)])
     changes, with_vit, without_vit = results.comparisons()
     assert changes["ps_cls"] == pytest.approx(2) and "ps_cls" not in with_vit and "ps_cls" in without_vit
     assert "swiglu" in changes and "swiglu" not in without_vit
@@ -142,11 +142,11 @@ def test_what_is_significant_without_vit_alone_is_set_apart(monkeypatch):
 
 def test_the_ladder_holds_what_the_paper_reports_of_both_sizes():
     """Table 17, and Table 1 for the modified mask."""
-    published = {rung: (row.published, row.published_base) for rung, row in RUNGS.items() if row.published}
+    published = {step: (row.published, row.published_base) for step, row in VARIANTS.items() if row.published}
     assert published == dict(
         vit=(73.8, 81.5), swiglu=(74.3, 82.0), rmsnorm=(74.5, 81.7), causal=(0.1, 0.1), ps_cls=(71.9, 80.6), rope=(72.6, 81.2),
         abs_pos=(73.2, 81.2), soft_mask=(75.0, 81.6), modified=(72.5, 80.4))
-    losses = {rung: (row.published_loss, row.published_base_loss) for rung, row in RUNGS.items() if row.published_loss}
+    losses = {step: (row.published_loss, row.published_base_loss) for step, row in VARIANTS.items() if row.published_loss}
     assert losses == dict(
         vit=(3.451, 2.828), swiglu=(3.407, 2.724), rmsnorm=(3.406, 2.721), ps_cls=(3.599, 2.869), rope=(3.618, 2.861),
         abs_pos=(3.531, 2.839), soft_mask=(2.955, 2.828), modified=(3.550, 2.857))

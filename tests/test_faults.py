@@ -20,7 +20,11 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import ROOT, SMALL, equal, load, metrics, refused, torchrun
-from data import Images, eval_transform, open_data, read_image, train_transform
+from data import Images, eval_transform, open_data, train_transform
+from harness import processes
+from harness import run as harness_run
+from harness.files import read_image
+from harness.run import RunFolder
 
 SAVING = ["--drop-path", "0.5", "--save-every", "2"]      # randomness in the model, and checkpoints within the epochs
 
@@ -150,7 +154,7 @@ def test_after_a_resume_an_epoch_goes_on_with_the_images_that_it_has_not_seen(ph
     taken, load_one = [], Images.__getitem__
     monkeypatch.setattr(Images, "__getitem__", lambda images, key: taken.append(key) or load_one(images, key))
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_in(patch, train, "save", 1)                                    # with iteration 2 saved
+        crash_in(patch, RunFolder, "save", 1)                                    # with iteration 2 saved
         run(photos, tmp_path / "run")
     resume(tmp_path / "run", "--workers", 0)
     first_epoch = [index for epoch, index in taken if epoch == 0][:24]       # later ones are evaluated
@@ -260,16 +264,14 @@ train.main(["--data", {str(tmp_path)!r} + "/" + os.environ["RANK"], *sys.argv[1:
 @pytest.mark.slow
 def test_waiting_for_another_ranks_work_has_no_time_limit(tmp_path):
     (tmp_path / "program.py").write_text("""
-import datetime, functools, time, torch, torch.distributed as dist
-import eval
+import datetime, functools, sys, time, torch, torch.distributed as dist
+from harness import processes
 init = dist.init_process_group
 dist.init_process_group = functools.partial(init, timeout=datetime.timedelta(seconds=1))       # as NCCL's ten minutes
-rank, *_ = eval.setup("cpu")
-eval.local_rank_0_first(time.sleep, 3 if rank == 0 else 0)
-sys.stdout.write(eval.on_rank_0(lambda: time.sleep(3) or "from 0\\n"))
+rank, *_ = processes.setup("cpu")
+processes.once_per_node(time.sleep, 3 if rank == 0 else 0)
+sys.stdout.write(processes.on_rank_0(lambda: time.sleep(3) or "from 0\\n"))
 """)
-    program = (tmp_path / "program.py").read_text()
-    (tmp_path / "program.py").write_text(program.replace("import eval\n", "import sys; sys.argv = sys.argv[:1]; import eval\n"))
     code, said, errors = torchrun(2, tmp_path / "program.py")
     assert code == 0, errors
     assert said.split("\n") == ["from 0", "from 0", ""]
@@ -284,7 +286,7 @@ def test_a_gpu_is_named_when_nccl_starts_and_waiting_is_glooss(monkeypatch):
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 1, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: calls.append(kwargs))
-    assert evaluation.setup() == (1, 2, torch.device("cuda:1"), torch.bfloat16)
+    assert processes.setup() == (1, 2, torch.device("cuda:1"), torch.bfloat16)
     (backend,), started = calls[0]
     assert backend == "nccl" and started["device_id"] == torch.device("cuda:1") and calls[1]["backend"] == "gloo"
     assert (started["rank"], started["world_size"]) == (1, 2)
@@ -318,7 +320,8 @@ sys.exit(3)
 
 def test_a_signal_within_the_handler_of_another_does_not_hang(tmp_path):
     (tmp_path / "program.py").write_text("""
-import signal, sys, time, eval
+import signal, sys, time
+from harness import processes
 def interrupt(frame, event, function):              # at each call and return within the handler, another signal comes
     sys.setprofile(None)
     signal.raise_signal(signal.SIGINT)
@@ -328,12 +331,12 @@ def again(frame, event, function):
     if len(seen) < 50:
         interrupt(frame, event, function)
 seen = []
-eval.stop_on_signals()
+processes.stop_on_signals()
 sys.setprofile(again)
 signal.raise_signal(signal.SIGTERM)
 sys.setprofile(None)
 time.sleep(0.2)
-sys.exit(0 if eval.stop.count(signal.SIGINT) >= 3 else 1)
+sys.exit(0 if processes.stop_requests.count(signal.SIGINT) >= 3 else 1)
 """)
     program = subprocess.run([sys.executable, tmp_path / "program.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert program.returncode == 0
@@ -343,9 +346,10 @@ sys.exit(0 if eval.stop.count(signal.SIGINT) >= 3 else 1)
 def test_a_program_that_waits_is_ended_by_a_second_signal_but_not_by_the_same_one_twice(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "program.py").write_text("""
-import eval, pathlib, sys
-eval.stop.append("a run that failed")              # as experiments.ladder does: not a signal
-eval.stop_on_signals()
+import pathlib, sys
+from harness import processes
+processes.stop_requests.append("a run that failed")              # as experiments.ladder does: not a signal
+processes.stop_on_signals()
 print("ready", flush=True)
 pathlib.Path(sys.argv[1]).read_bytes()             # as long as nobody writes into the pipe
 """)
@@ -363,11 +367,12 @@ pathlib.Path(sys.argv[1]).read_bytes()             # as long as nobody writes in
 
 def test_under_nohup_a_run_goes_on_when_its_terminal_is_closed(tmp_path):
     (tmp_path / "program.py").write_text("""
-import eval, signal, sys, time
-eval.stop_on_signals()
+import signal, sys, time
+from harness import processes
+processes.stop_on_signals()
 signal.raise_signal(signal.SIGHUP)
 time.sleep(0.2)
-sys.exit(len(eval.stop))
+sys.exit(len(processes.stop_requests))
 """)
     command, environment = [sys.executable, tmp_path / "program.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(["nohup", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
@@ -396,7 +401,7 @@ def test_a_run_goes_on_though_its_output_is_lost(lost, photos, alone, tmp_path):
 
 def test_two_processes_do_not_train_one_run(photos, alone, tmp_path, capsys):
     shutil.copytree(alone, tmp_path / "run")
-    other = subprocess.Popen([sys.executable, "-c", "import sys, train; from pathlib import Path; train.lock(Path(sys.argv[1]));"
+    other = subprocess.Popen([sys.executable, "-c", "import sys; from harness.run import lock; from pathlib import Path; held = lock(Path(sys.argv[1]));"
                               " print('locked', flush=True); sys.stdin.read()", tmp_path / "run"], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert other.stdout.readline() == "locked\n"
@@ -406,10 +411,10 @@ def test_two_processes_do_not_train_one_run(photos, alone, tmp_path, capsys):
     other.kill()                                                             # whoever dies does not keep it
     other.wait()
     resume(*flags[1:2])
-    for _ in range(2):
-        train.lock(tmp_path / "run")
+    held = harness_run.lock(tmp_path / "run")
     again = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True)
     assert again.returncode == 2 and f"being trained by process {os.getpid()}" in again.stderr   # this one still has it
+    held.close()
 
 
 @pytest.mark.slow
@@ -481,7 +486,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(("fsync", os.path.basename(os.readlink(
         f"/proc/self/fd/{file}")), os.fstat(file).st_size)) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda old, new: calls.append(("replace", old.name)) or replace(old, new))
-    train.write(tmp_path / "a", b"12345")
+    harness_run.write(tmp_path / "a", b"12345")
     assert calls == [("fsync", "a.tmp", 5), ("replace", "a.tmp")] and (tmp_path / "a").read_bytes() == b"12345"
 
 
@@ -503,7 +508,7 @@ def test_a_read_only_file_system_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(ValueError, match=r"last.pt cannot be written \(Read-only file system\): make room for it"):
-        train.write(tmp_path / "last.pt", b"12345")
+        harness_run.write(tmp_path / "last.pt", b"12345")
 
 
 def test_a_checkpoint_copied_without_best_pt_gets_another_one(photos, alone, monkeypatch, tmp_path, capsys):
@@ -556,7 +561,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(damage, pho
     assert "run/last.pt cannot be read as a checkpoint" in said
     run(photos, tmp_path / "run", "--resume")
     said = capsys.readouterr()
-    assert said.err.startswith(f"warning: going on from {tmp_path}/run/prev.pt, the one before, for ")
+    assert said.err.startswith(f"warning: resuming from {tmp_path}/run/prev.pt, the one before, for ")
     assert f"resume  {tmp_path}/run/prev.pt at iteration 6 of 6" in said.out
     assert same(tmp_path / "run", alone)
     shutil.copytree(alone, tmp_path / "both")
@@ -576,7 +581,7 @@ def test_the_later_checkpoint_is_taken_whatever_the_files_times(photos, alone, m
     assert same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("name", train.FILES)
+@pytest.mark.parametrize("name", harness_run.FILES)
 def test_a_new_run_does_not_touch_the_files_of_another(name, photos, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     (tmp_path / "notes.tmp").write_text("mine too")
@@ -619,9 +624,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(photos, alone, tmp_path, ca
 
 
 def test_nothing_is_loaded_but_weights_and_plain_types():
-    sources = [path.read_text() for path in ROOT.glob("*.py") if not path.name.startswith("test_")]
+    sources = [path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name != "tests"]
     loads = [call for source in sources for call in re.findall(r"torch\.load\(.*", source)]
-    assert len(loads) == 1 and "weights_only=True" in loads[0]
+    assert loads and all("weights_only=True" in call for call in loads)
 
 
 @pytest.mark.parametrize("changes", [

@@ -12,11 +12,14 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT, by_hand, refused, torchrun
-from data import TEXTURES, Shapes, eval_transform, normalize, open_data, read_image
+from conftest import by_hand, refused, torchrun
+from data import eval_transform, normalize, open_data
 from experiments import properties
 from experiments.properties import categories, open_conflict
-from model import VisionTransformer, build, config
+from harness.checkpoint import build
+from harness.files import read_image
+from model import VisionTransformer, config
+from synthetic.shapes import TEXTURES, Shapes
 
 
 def measured(capsys, checkpoint, *flags):
@@ -308,7 +311,7 @@ def test_multiply_accumulates_are_the_published_ones(size, published):
     assert properties.multiply_accumulates(config(size))["published"] == round(published * 1e9)
 
 
-@pytest.mark.parametrize("mask, spared", [("none", 0), ("causal", 2), ("soft_log", 2), ("soft", 1)])
+@pytest.mark.parametrize("mask, spared", [("none", 0), ("causal", 2), ("soft_log", 2), ("soft", 1), ("modified", 2)])
 def test_multiply_accumulates_as_run_are_those_that_torch_counts(mask, spared):
     cfg = config("nano", "vit" if mask == "none" else "soft_mask", mask=mask, img_size=32, patch_size=8, depth=3)
     # Plain matrix multiplications: which fused kernels the counter knows depends on torch's version.
@@ -331,8 +334,8 @@ def test_the_rank_of_a_checkpoint_is_that_on_images_as_the_model_takes_them(phot
 
 @pytest.mark.slow
 def test_properties_of_all_images_are_measured_in_one_process(finished):
-    code, _, errors = torchrun(2, ROOT / "experiments" / "properties.py", finished / "best.pt", "--measure", "rank")
-    assert code and "error: properties are measured in one process: use python, not torchrun" in errors
+    code, _, errors = torchrun(2, "-m", "experiments.properties", finished / "best.pt", "--measure", "rank")
+    assert code and "error: rows are measured in one process: use python, not torchrun" in errors
 
 
 def test_several_checkpoints_and_properties_are_a_row_each_and_are_appended_to_a_file(finished, tmp_path, capsys):
@@ -352,7 +355,7 @@ def test_several_checkpoints_and_properties_are_a_row_each_and_are_appended_to_a
     (["--measure", "attention", "--draw", "a.txt"], "--draw a.txt: give the path of a .png"),
     (["--measure", "shape_bias", "--cue", "nowhere"], "--cue nowhere is neither shapes-cue nor a folder: give one with"),
     (["--measure", "shape_bias"], "has the categories arrow, bar, circle, crescent, heart and 5 more, but the model"),
-    (["--measure", "rank", "--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--measure", "rank", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--measure", "attention", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
 ])
 def test_bad_flags_are_refused(flags, said, finished, capsys):

@@ -71,24 +71,25 @@ def test_code_fits_the_page():
 @pytest.mark.parametrize("command", re.findall(r"^[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.anytime train)(.*?)(?:#.*)?$",
                                                COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
-    train.parse_flags(shlex.split(command))
+    train.parse(shlex.split(command))
 
 
 @pytest.mark.parametrize("command", re.findall(r"-m downstream\.segment(?! eval)(.*?)(?:#.*)?$", COMMANDS, re.M))
 def test_segmentation_commands_have_flags_that_exist(command):
-    segment.parse_flags(shlex.split(command))
+    segment.parse(shlex.split(command))
 
 
 def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+"
-                          r"|downstream\.where|downstream\.select|downstream\.transfer|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
+                          r"|downstream\.select|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
-        "ladder", "properties", "compare", "figures", "report", "samples", "anytime")), *(f"benchmarks.{name}" for name in (
-            "bench_model", "bench_data", "bench_files", "soak")), *(f"downstream.{name}" for name in ("where", "select", "transfer", "segment"))}
+        "ladder", "properties", "compare", "figures", "report", "samples", "anytime", "where", "select", "transfer")),
+        *(f"benchmarks.{name}" for name in ("bench_model", "bench_data", "bench_files", "soak")),
+        "downstream.select", "downstream.segment"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
-        shares = {"experiments.properties": "eval.py", "downstream.select": "experiments/ladder.py",
-                  "downstream.transfer": "experiments/ladder.py"}                    # the flags of another program
+        shares = {"experiments.properties": "eval.py", "experiments.select": "experiments/ladder.py",
+                  "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""
         for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags) if "soak" not in file else ():        # which train.py takes
             assert f'"{flag}"' in source, f"{file} {flag}"
@@ -96,9 +97,10 @@ def test_other_commands_have_flags_that_exist():
 
 @pytest.mark.slow
 def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_path):
-    """With two rungs and one seed, played by runs of seconds."""
-    for rung, step in (("vit-0", "vit"), ("soft_mask-0", "soft_mask")):
-        train.main(["--data", str(photos), "--step", step, "--out", str(tmp_path / "out" / "ladder-3" / rung), *SMALL])
+    """With two steps and one seed, played by runs of seconds."""
+    for step in ("vit", "soft_mask"):
+        folder = tmp_path / "out" / "ladder-3" / f"{step}-0"
+        train.main(["--data", str(photos), "--step", step, "--out", str(folder), *SMALL])
     shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / "cue")
     commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
     script = "\n".join(commands).replace("{0,1,2}", "0").replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")

@@ -11,12 +11,15 @@ from PIL import Image
 import train
 from conftest import SMALL, equal, load, metrics, refused, torchrun
 from data import normalize
-from downstream import segment, where
-from downstream.scenes import Annotated, AnnotatedFolder, Scenes, crop, distort, open_scenes, train_transform
+from downstream import segment
+from downstream.scenes import Annotated, AnnotatedFolder, crop, distort, open_scenes, train_transform
 from downstream.segment import RECIPES, lr_at, make_optimizer, open_segmenter
 from downstream.segmenter import Segmenter, UPerNet, confusion, evaluate, pixel_loss, predict, scores, slide, starts
+from experiments import where
+from harness.run import RunFolder
 from model import STEPS, config
-from test_model import RUNGS, every_rung, hashed, hashed_images, hashed_weights
+from synthetic.scenes import Scenes
+from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 CLASSES = ["red", "green", "blue"]
 COLOURS = np.array([(0, 0, 0), (200, 60, 60), (60, 200, 60), (60, 60, 200)], dtype=np.uint8)
@@ -54,9 +57,9 @@ def trained(streets, tmp_path_factory):
     return folder
 
 
-def build(rung="soft_mask", head="linear", depth=4):
-    """A small Segmenter of a rung: 16 patches of 8 pixels, 5 classes."""
-    cfg = config(**dict(size="nano", depth=depth, img_size=32, patch_size=8, num_classes=5) | RUNGS[rung])
+def build(step="soft_mask", head="linear", depth=4):
+    """A small Segmenter of a step: 16 patches of 8 pixels, 5 classes."""
+    cfg = config(**dict(size="nano", depth=depth, img_size=32, patch_size=8, num_classes=5) | CASES[step])
     model = Segmenter(cfg, head).eval()
     model.backbone.load_state_dict(hashed_weights(model.backbone))
     return model
@@ -66,18 +69,18 @@ def build(rung="soft_mask", head="linear", depth=4):
 # Model
 
 
-@every_rung
+@every_step
 @pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_every_rung_and_head_gives_logits_for_each_pixel_and_upernet_a_second_time_in_training(rung, head):
-    model, images = build(rung, head), hashed_images(2)
+def test_every_step_and_head_gives_logits_for_each_pixel_and_upernet_a_second_time_in_training(step, head):
+    model, images = build(step, head), hashed_images(2)
     outputs = model(images), model.train()(images)
     assert [len(output) for output in outputs] == [1, 1 + (head == "upernet")]
     assert all(logits.shape == (2, 5, 32, 32) for output in outputs for logits in output)
 
 
-@every_rung
-def test_the_linear_head_reads_the_last_blocks_patches_at_their_places(rung):
-    model, images = build(rung), hashed_images(2)
+@every_step
+def test_the_linear_head_reads_the_last_blocks_patches_at_their_places(step):
+    model, images = build(step), hashed_images(2)
     tokens = model.backbone.forward_features(images)
     patches = tokens[:, :-1] if model.backbone.cfg.cls_last else tokens[:, 1:]
     (features,) = model.features(images)
@@ -125,8 +128,8 @@ def test_a_causal_mask_hides_later_patches_from_earlier_ones_and_the_head_too():
     images = hashed_images(1)
     changed = images.clone()
     changed[:, :, 24:] *= -1                                                 # the last row of patches
-    for rung, same in (("ps_cls", True), ("rmsnorm", False)):
-        model = build(rung)
+    for step, same in (("ps_cls", True), ("rmsnorm", False)):
+        model = build(step)
         one, other = model.features(images)[0], model.features(changed)[0]
         assert torch.equal(one[:, :, :3], other[:, :, :3]) == same and not torch.equal(one[:, :, 3], other[:, :, 3])
 
@@ -407,7 +410,7 @@ def test_training_learns_and_says_how_well(streets, tmp_path):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_every_rung_trains(step, streets, tmp_path):
+def test_every_step_trains(step, streets, tmp_path):
     state = run(streets, tmp_path / "run", "--step", step)
     assert state["iteration"] == 4 and state["run"]["step"] == step
 
@@ -420,13 +423,13 @@ def test_a_resumed_run_ends_as_the_run_left_alone(streets, monkeypatch, tmp_path
     class Stop(Exception):
         pass
 
-    def save_and_stop(settings, state, *rest):
-        save(settings, state, *rest)
-        if state.iteration == 2:
+    def save_and_stop(folder, *rest):
+        save(folder, *rest)
+        if folder.state.iteration == 2:
             raise Stop
-    save = segment.save
+    save = RunFolder.save
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(segment, "save", save_and_stop)
+        patch.setattr(RunFolder, "save", save_and_stop)
         run(streets, tmp_path / "run", *flags)
     torch.rand(7)
     segment.main(["--resume", str(tmp_path / "run"), "--workers", "1", "--device", "cpu"])
@@ -501,7 +504,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
     for flags, said in [
         ([*data, "--iterations", 5, "--eval-every", 2], "--iterations 5 is not a multiple of --eval-every 2"),
         ([*data, "--batch-size", 9], "8 training images, less than one --batch-size 9"),
-        ([*data, *TINY, "--head", "upernet", "--micro-batch", 1], "leave each rank at least 2"),
+        ([*data, *TINY, "--head", "upernet", "--micro-batch", 1], "leave each rank 2 or more"),
         ([*data, *TINY, "--recipe", "ade20k"], "--recipe ade20k is for fine-tuning"),
         ([*data, *TINY, "--head", "upernet", "--depth", 2], "needs at least 3 blocks"),
         ([*data, *TINY, "--init-from", finished], "does not fit the weights of --init-from"),
@@ -509,7 +512,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         (["--data", "nowhere"], "neither scenes nor a folder"),
         ([*data, "--lr", "nan"], "--lr is nan"),
         ([*data, *TINY, "--warmup", 5], "--iterations 4 would end before --warmup 5: lower that, too"),
-        (["--resume", trained, "--lr", 1], "--resume goes on with the run as it was started"),
+        (["--resume", trained, "--lr", 1], "--resume continues the run as it was started"),
         (["--resume", finished], "lacks"),
         (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
         (["eval", trained, "--draw", "a.png"], "give an --image"),

@@ -10,6 +10,8 @@ import train
 from conftest import SMALL, load, refused
 from downstream import select
 from downstream.select import LLAMA, channels, places, read_llama, select_weights
+from experiments import select as comparison
+from harness.checkpoint import CHECKPOINT, build, open_checkpoint, resize_positions, validate
 from model import VisionTransformer, config, rope_table, rotate
 from test_model import hashed, hashed_weights
 
@@ -24,10 +26,10 @@ def rule(larger, smaller):
     return np.round(np.linspace(0, larger - 1, smaller, dtype=np.float32)).astype(int).tolist()
 
 
-def save(model, path, size="tiny"):
-    torch.save(dict(model=model.state_dict(), config=asdict(model.cfg), classes=[str(i) for i in range(model.cfg.num_classes)],
+def save(model, path, classes="01234"):
+    torch.save(dict(model=model.state_dict(), config=asdict(model.cfg), classes=list(classes),
                     alpha=0.0 if model.cfg.soft else None,
-                    run=dict(size=size, step="soft_mask", data="shapes", dtype="float32", seed=0)), path)
+                    run=dict(size="tiny", step="soft_mask", data="shapes", dtype="float32", seed=0)), path)
     return path
 
 
@@ -52,7 +54,7 @@ def test_the_published_script_picks_rows_of_q_k_and_v_unlike():
 
 def test_uniform_takes_the_first_blocks_and_evenly_spaced_elements_of_every_dimension(larger, tmp_path):
     model = VisionTransformer(config(**SMALLER))
-    select_weights(model, tmp_path / "larger.pt", "uniform")
+    select_weights(model, open_checkpoint(tmp_path / "larger.pt"), "uniform")
     source = larger.state_dict()
     for name, value in model.state_dict().items():
         indices = np.ix_(*(rule(*sizes) for sizes in zip(source[name].shape, value.shape)))
@@ -62,7 +64,7 @@ def test_uniform_takes_the_first_blocks_and_evenly_spaced_elements_of_every_dime
 @torch.no_grad()
 def test_aligned_heads_compute_what_they_computed_in_the_larger_model(larger, tmp_path):
     model = VisionTransformer(config(**SMALLER))
-    select_weights(model, tmp_path / "larger.pt", "aligned")
+    select_weights(model, open_checkpoint(tmp_path / "larger.pt"), "aligned")
     x, kept = hashed((1, 5, 128), 1), places(192, 128)
     wide = torch.zeros(1, 5, 192)
     wide[..., kept] = x                                                      # nothing in the channels that are left out
@@ -123,12 +125,12 @@ def test_llama_is_read_from_its_shards(kind, tmp_path):
     assert torch.equal(found["blocks.1.attn.qkv.weight"], qkv)
     model = VisionTransformer(config(**SMALLER))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    notes = select_weights(model, tmp_path / "llama", "uniform")
+    fresh = select_weights(model, tmp_path / "llama", "uniform")
     after = model.state_dict()
     assert torch.equal(after["blocks.1.attn.qkv.weight"], qkv[rule(768, 384)][:, rule(256, 128)])
     same = [name for name in after if torch.equal(after[name], before[name])]
-    assert same == [name for name in after if not name.startswith("blocks.") or name.endswith("bias")]
-    assert notes[1].startswith("fresh: cls_token, pos_embed, patch_embed.proj.weight")
+    assert same == fresh == [name for name in after if not name.startswith("blocks.") or name.endswith("bias")]
+    assert fresh[:3] == ["cls_token", "pos_embed", "patch_embed.proj.weight"]
 
 
 def test_names_and_shapes_are_those_that_the_library_saves(tmp_path):
@@ -165,26 +167,78 @@ def test_aligned_queries_and_keys_of_llama_attend_as_in_the_library(tmp_path):
     torch.testing.assert_close((q @ k.transpose(-2, -1) / 128 ** 0.5).softmax(-1), theirs, atol=1e-5, rtol=0)
 
 
+def make_small(tmp_path, *flags, source="larger.pt"):
+    """The program: a checkpoint of a model like SMALLER."""
+    select.main([str(flag) for flag in (tmp_path / source, "--size", "nano", "--depth", 2, *flags, "--out", tmp_path / "small.pt")])
+    return load(tmp_path / "small.pt")
+
+
+def test_the_program_writes_a_checkpoint_of_the_smaller_model_that_evaluation_takes(larger, tmp_path, capsys):
+    checkpoint = make_small(tmp_path, "--rule", "aligned", "--seed", 3)
+    validate(checkpoint, CHECKPOINT, "small.pt")
+    assert checkpoint["config"] == asdict(config(**SMALLER)) and checkpoint["classes"] == list("01234")
+    assert checkpoint["alpha"] == 0 and checkpoint["run"] == dict(size="nano", step="soft_mask", data="shapes", dtype="float32", seed=3)
+    model = VisionTransformer(config(**SMALLER))
+    assert select_weights(model, open_checkpoint(tmp_path / "larger.pt"), "aligned") == []
+    built = build(open_checkpoint(tmp_path / "small.pt")).state_dict()
+    assert all(torch.equal(built[name], value) for name, value in model.state_dict().items())
+    assert "python train.py --size nano --step soft_mask --depth 2 --img-size 16" in capsys.readouterr().out
+
+
+def test_the_smaller_model_has_the_larger_ones_parts_unless_its_step_is_given(tmp_path):
+    model = VisionTransformer(config(**LARGE | dict(step="rope", mask="none")))
+    save(model, tmp_path / "larger.pt")
+    assert make_small(tmp_path)["config"] == asdict(config(**SMALLER | dict(step="rope", mask="none"))) | dict(abs_pos=False)
+    assert make_small(tmp_path, "--step", "rope")["config"]["mask"] == "causal"
+
+
+def test_what_is_not_selected_is_drawn_from_the_seed(tmp_path):
+    torch.save(llama(tmp_path / "llama"), tmp_path / "llama" / "model.bin")
+    flags = "--img-size", 16, "--num-classes", 3, "--seed"
+    one, same, other = (make_small(tmp_path, *flags, seed, source="llama") for seed in (1, 1, 2))
+    for name in ("head.weight", "pos_embed", "patch_embed.proj.weight"):
+        assert torch.equal(one["model"][name], same["model"][name]) and not torch.equal(one["model"][name], other["model"][name])
+    assert torch.equal(one["model"]["blocks.1.mlp.fc1.weight"], other["model"]["blocks.1.mlp.fc1.weight"])
+    assert one["classes"] is None and one["run"]["data"] == "" and one["config"]["patch_size"] == 16
+    assert make_small(tmp_path, source="llama")["config"] == asdict(config("nano", depth=2))         # 224 pixels, 1,000 classes
+
+
+def test_positions_are_resized_before_they_are_selected(larger, tmp_path):
+    pos = make_small(tmp_path, "--img-size", 32)["model"]["pos_embed"]
+    assert pos.shape == (1, 17, 128)
+    torch.testing.assert_close(pos, resize_positions(larger.pos_embed, 17, cls_last=True)[..., places(192, 128)])
+
+
+def trained(photos, tmp_path):
+    """The weights of a run that starts from small.pt and learns nothing."""
+    flags = ["--data", photos, *SMALL, "--lr", 0, "--min-lr", 0, "--epochs", 1, "--init-from", tmp_path / "small.pt"]
+    train.main([str(flag) for flag in [*flags, "--out", tmp_path / "run", "--resume"]])
+    return load(tmp_path / "run" / "last.pt")["model"]
+
+
 def test_a_run_starts_from_selected_weights_and_says_so(photos, larger, tmp_path, capsys):
-    flags = ["--data", str(photos), *SMALL, "--width", "128", "--heads", "2", "--lr", "0", "--min-lr", "0", "--epochs", "1"]
-    train.main([*flags, "--init-from", str(tmp_path / "larger.pt"), "--select", "aligned", "--out", str(tmp_path / "run")])
-    assert "aligned selection of larger weights; fresh: head.weight, head.bias" in capsys.readouterr().out
-    model = VisionTransformer(config(**SMALLER | dict(num_classes=3)))
-    select_weights(model, tmp_path / "larger.pt", "aligned")
-    saved = load(tmp_path / "run" / "last.pt")["model"]
-    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items() if not name.startswith("head"))
+    small = make_small(tmp_path, "--rule", "aligned")["model"]
+    saved = trained(photos, tmp_path)
+    assert "small.pt; new head: 5 classes before, 3 now" in capsys.readouterr().out
+    assert all(torch.equal(saved[name], value) for name, value in small.items() if not name.startswith("head"))
 
 
-def test_a_head_of_as_many_other_classes_is_not_selected_from(larger, tmp_path):
-    for classes, kept in (("01234", True), ("01235", False)):
-        model = VisionTransformer(config(**SMALLER))
-        before = model.head.weight.clone()
-        select_weights(model, tmp_path / "larger.pt", "uniform", list(classes))
-        assert torch.equal(model.head.weight, before) != kept
+@pytest.mark.parametrize("classes, kept", [(["cat", "dog", "owl"], True), (["cat", "dog", "cow"], False)])
+def test_a_run_keeps_the_selected_head_if_its_classes_are_the_same(classes, kept, photos, tmp_path):
+    larger = VisionTransformer(config(**LARGE | dict(num_classes=3)))
+    save(larger, tmp_path / "larger.pt", classes)
+    small = make_small(tmp_path)["model"]["head.weight"]
+    assert torch.equal(small, larger.head.weight[:, rule(192, 128)])
+    assert torch.equal(trained(photos, tmp_path)["head.weight"], small) == kept
+
+
+def test_a_head_of_another_number_of_classes_is_fresh(larger, tmp_path, capsys):
+    checkpoint = make_small(tmp_path, "--num-classes", 7)
+    assert checkpoint["model"]["head.weight"].shape == (7, 128) and checkpoint["classes"] is None
+    assert "fresh: head.weight, head.bias" in capsys.readouterr().out
 
 
 def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
-    flags = ["--data", photos, *SMALL, "--out", tmp_path / "run", "--init-from", tmp_path / "larger.pt", "--select", "uniform"]
     llama(tmp_path / "llama")
     (tmp_path / "gqa").mkdir()
     (tmp_path / "gqa" / "config.json").write_text(
@@ -194,25 +248,33 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     torch.save({name: value for name, value in state.items() if "layers.1.input" not in name}, tmp_path / "part" / "a.bin")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('["hidden_size"]')
-    for more, said in [
-        (["--depth", 4], "lacks blocks.3.norm1.weight to select from"),
-        (["--step", "vit"], "has swiglu True, this model False"),
-        (["--step", "rmsnorm"], "has cls_last True, this model False"),
-        (["--size", "small"], "the larger model has 192 and this one 384"),
-        (["--width", 128, "--heads", 4, "--select", "aligned"], "the larger model has 3 heads of 64 channels, this one 4 of 32"),
-        (["--patch-size", 4], "has patch_size 8, this model 4"),
-        (["--init-from", tmp_path / "llama"], "holds neither *.safetensors nor *.bin"),
-        (["--init-from", tmp_path / "llama", "--depth", 4], "has 3 layers, this model 4"),
-        (["--init-from", tmp_path / "gqa"], "shares keys and values between heads"),
-        (["--init-from", tmp_path / "gemma"], "is another model than LLaMA"),
-        (["--init-from", tmp_path / "part"], "lacks model.layers.1.input_layernorm.weight: download all of its files"),
-        (["--init-from", tmp_path / "odd"], "is not that of LLaMA 2"),
-        (["--init-from", tmp_path / "nowhere"], "no checkpoint at"),
+    llama(tmp_path / "broken")
+    (tmp_path / "broken" / "model.bin").write_bytes(b"no weights")
+    for source, more, said in [
+        ("larger.pt", ["--depth", 4], "lacks blocks.3.norm1.weight to select from"),
+        ("larger.pt", ["--step", "vit"], "has swiglu True, this one False"),
+        ("larger.pt", ["--step", "rmsnorm"], "has cls_last True, this one False"),
+        ("larger.pt", ["--size", "small"], "the larger model has 192 and this one 384"),
+        ("larger.pt", ["--width", 128, "--heads", 4, "--rule", "aligned"], "the larger model has 3 heads of 64 channels, this one 4 of 32"),
+        ("larger.pt", ["--patch-size", 4], "has patch_size 8, this one 4"),
+        ("larger.pt", ["--heads", 3], "width 128 is not a multiple of heads 3"),
+        ("larger.pt", ["--depth", 0.5], "argument --depth: invalid int value"),
+        ("larger.pt", ["--width", 0], "--width is 0; it must be at least 1"),
+        ("llama", [], "holds neither *.safetensors nor *.bin"),
+        ("llama", ["--depth", 4], "has 3 layers, this model 4"),
+        ("llama", ["--step", "swiglu"], "has SwiGLU and RMSNorm: use --step rmsnorm or a later one"),
+        ("gqa", [], "shares keys and values between heads"),
+        ("gemma", [], "is another model than LLaMA"),
+        ("part", [], "lacks model.layers.1.input_layernorm.weight: download all of its files"),
+        ("odd", [], "is not that of LLaMA 2"),
+        ("broken", [], "cannot be read as weights"),
+        ("nowhere", [], "no checkpoint at"),
     ]:
-        assert said in refused(train, [*flags, *more], capsys), more
-    (tmp_path / "llama" / "model.bin").write_bytes(b"no weights")
-    assert "cannot be read as weights" in refused(train, [*flags, "--init-from", tmp_path / "llama"], capsys)
-    assert "--select needs weights" in refused(train, ["--select", "uniform"], capsys)
+        flags = [tmp_path / source, "--size", "nano", "--depth", 2, *more, "--out", tmp_path / "small.pt"]
+        assert said in refused(select, flags, capsys), (source, more)
+    assert not (tmp_path / "small.pt").exists()
+    assert "required: --size, --out" in refused(select, [tmp_path / "larger.pt"], capsys)
+    assert "unrecognized arguments: --select uniform" in refused(train, ["--select", "uniform"], capsys)
 
 
 @pytest.mark.slow
@@ -221,7 +283,7 @@ def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_
              "--flags", " ".join([*SMALL, "--lr 0 --min-lr 0"]), "--larger", "--size tiny --depth 3", "--smaller", "--size nano"]
     for _ in range(2):                                                       # the second time nothing is left to do
         with pytest.raises(SystemExit) as end:
-            select.main(flags)
+            comparison.main(flags)
         assert end.value.code == 0
     assert "0 runs to do" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -230,4 +292,5 @@ def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_
     larger = load(tmp_path / "larger" / "last.pt")["model"]["blocks.0.attn.qkv.weight"]
     assert torch.equal(load(tmp_path / "uniform-0" / "last.pt")["model"]["blocks.0.attn.qkv.weight"],
                        larger[rule(576, 384)][:, rule(192, 128)])
-    assert "must be at least 1" in refused(select, ["--seeds", 0], capsys)
+    for flag in ("--seeds", "--epochs", "--larger-epochs", "--jobs"):
+        assert "must be at least 1" in refused(comparison, [flag, 0], capsys)

@@ -16,6 +16,9 @@ import model
 import train
 from conftest import ROOT, SMALL, equal, load, metrics, refused, torchrun
 from data import Images, erase, mix
+from harness import flags as harness_flags
+from harness import processes
+from harness.run import Machine, RunFolder, device_line
 from model import STEPS, VisionTransformer, config
 from train import RECIPES, lr_at, make_optimizer, soft_mask_at
 
@@ -103,7 +106,7 @@ def test_there_is_a_recipe_for_each_published_run():
     for name, recipe in list(RECIPES.items())[1:]:
         assert recipe.augment and recipe.erasing == 0.25 and recipe.label_smoothing == 0.1 and recipe.clip_grad == 0
         assert recipe.min_lr == 1e-6 and recipe.patch_size == 16
-        assert train.split_batch(recipe, 4 if name in ("transfer", "transfer-cifar100") else 8, strict=True)
+        assert harness_flags.split_batch(recipe, 4 if name in ("transfer", "transfer-cifar100") else 8, strict=True)
 
 
 # Tables 12 to 14 and 16 of the paper. Of the last one only what it gives: no weight decay, mixup or CutMix.
@@ -137,15 +140,13 @@ def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so():
     try:
         for backend in flags:
             backend.allow_tf32 = True
-        evaluation.setup("cpu", "bfloat16")
-        assert all(backend.allow_tf32 for backend in flags)                  # left as they were
-        evaluation.setup("cpu", "float32")
+        processes.setup("cpu", "float32")
         assert not any(backend.allow_tf32 for backend in flags)
         gpu, cpu = torch.device("cuda"), torch.device("cpu")
-        line = train.device_line(train.Run(dtype="float32"), train.Machine(compile=True), gpu)
+        line = device_line("float32", Machine(compile=True), gpu)
         assert line == "device  cuda, float32, TF32 off, compiled"
-        assert "TF32" not in train.device_line(train.Run(dtype="bfloat16"), train.Machine(), gpu)
-        assert "TF32" not in train.device_line(train.Run(dtype="float32"), train.Machine(), cpu)
+        assert "TF32" not in device_line("bfloat16", Machine(), gpu)
+        assert "TF32" not in device_line("float32", Machine(), cpu)
     finally:
         for backend, allowed in zip(flags, before):
             backend.allow_tf32 = allowed
@@ -158,7 +159,7 @@ def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so():
     (["--recipe", "small-data"], "small-data", 0, "auto"), (["--dtype", "bfloat16"], "tiny", 0, "bfloat16"),
     (["--size", "large", "--recipe", "large-in21k-384", "--init-from", "a.pt"], "large-in21k-384", 0.3, "float32")])
 def test_a_folder_of_1000_classes_has_the_sizes_own_recipe(flags, name, drop_path, dtype, thousand):
-    run, recipe, cfg = train.resolve(train.parse_flags(["--data", str(thousand), *flags]), None)
+    run, recipe, cfg = train.resolve(train.parse(["--data", str(thousand), *flags]), None)
     assert (run.recipe, recipe.drop_path, cfg.drop_path, run.dtype) == (name, drop_path, drop_path, dtype)
     assert cfg.img_size == recipe.img_size
 
@@ -168,14 +169,14 @@ def test_hidden_folders_are_no_classes(thousand, tmp_path):
     for folder in (thousand / "train").iterdir():
         (tmp_path / "train" / folder.name).mkdir()
     (tmp_path / "train" / ".cache").mkdir()
-    run, *_ = train.resolve(train.parse_flags(["--data", str(tmp_path)]), None)
+    run, *_ = train.resolve(train.parse(["--data", str(tmp_path)]), None)
     assert run.recipe == "tiny"
 
 
 def test_a_micro_batch_that_is_mixed_is_even():
     mixed = replace(RECIPE, batch_size=258, mixup=0.2)
-    assert train.split_batch(mixed, 1, strict=False) == (86, 3)
-    assert train.split_batch(replace(mixed, mixup=0), 1, strict=False) == (129, 2)
+    assert harness_flags.split_batch(mixed, 1, strict=False, mixes=True) == (86, 3)
+    assert harness_flags.split_batch(mixed, 1, strict=False) == (129, 2)
 
 
 def test_a_size_without_a_recipe_for_1000_classes_says_so(thousand, capsys):
@@ -211,7 +212,7 @@ def test_a_run_says_what_it_does_and_where_it_is(photos, tmp_path, capsys):
     assert Path(best[2]).is_file()
 
 
-def test_overrides_of_a_rung_stand_in_the_first_line_the_folders_name_and_every_row(photos, monkeypatch, tmp_path, capsys):
+def test_overrides_of_a_step_stand_in_the_first_line_the_folders_name_and_every_row(photos, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
     for flags in ([], ["--no-rmsnorm"], ["--mask", "soft_log"]):
@@ -229,7 +230,7 @@ def test_overrides_of_a_rung_stand_in_the_first_line_the_folders_name_and_every_
 
 def test_help_lists_the_choices_and_no_references_of_another_file(capsys):
     with pytest.raises(SystemExit):
-        train.parse_flags(["--help"])
+        train.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     for name, values in (("--size", model.SIZES), ("--step", STEPS), ("--recipe", RECIPES), ("--mask", model.MASKS),
                          ("--dtype", ["auto", "float32", "bfloat16", "float16"])):
@@ -272,7 +273,7 @@ def test_waiting_for_data_is_in_sight_and_hinted_at(photos, monkeypatch, tmp_pat
         now[0] += 1
         return load(images, key)
     monkeypatch.setattr(Images, "__getitem__", slow)
-    monkeypatch.setattr("train.time.perf_counter", lambda: now.__setitem__(0, now[0] + 0.5) or now[0])
+    monkeypatch.setattr("harness.run.time.perf_counter", lambda: now.__setitem__(0, now[0] + 0.5) or now[0])
     run(photos, tmp_path / "run", "--epochs", 1)
     assert re.search(r"images/s, data wait [5-9]\d%; more --workers may help", capsys.readouterr().out)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
@@ -280,13 +281,13 @@ def test_waiting_for_data_is_in_sight_and_hinted_at(photos, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_every_rung_trains_and_only_soft_masks_have_a_schedule(step, photos, tmp_path):
+def test_every_step_trains_and_only_soft_masks_have_a_schedule(step, photos, tmp_path):
     checkpoint = run(photos, tmp_path / "run", "--step", step, "--epochs", 1)
     assert (checkpoint["alpha"] is None) == (step != "soft_mask")
     assert (metrics(tmp_path / "run")[0]["train_soft_mask_rate"] is None) == (step != "soft_mask")
 
 
-def test_flags_change_the_rung(photos, tmp_path):
+def test_flags_change_the_step(photos, tmp_path):
     cfg = run(photos, tmp_path / "run", "--step", "ps_cls", "--no-rmsnorm", "--mask", "soft_log")["config"]
     expected = dict(swiglu=True, rmsnorm=False, mask="soft_log", cls_last=True, rope=False)
     assert {name: cfg[name] for name in expected} == expected
@@ -338,7 +339,7 @@ def test_an_iteration_copies_its_images_and_labels_to_the_device_and_waits_for_i
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())               # knows no meta device
     monkeypatch.setattr(train, "setup", lambda *_: (0, 1, torch.device("meta"), torch.float32))
     monkeypatch.setattr(train, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
-    monkeypatch.setattr(train, "save", lambda *_: None)
+    monkeypatch.setattr(RunFolder, "save", lambda *_: None)
     counts = []
     for epochs in (1, 2):
         with Transfers() as transfers:                                       # alpha changes at each of 6 iterations
@@ -381,7 +382,7 @@ def steps(monkeypatch):
         return step(optimizer, *args)
 
     def spy_embed(model, images):
-        alphas.append(model.attn_scale[0, -1].item())
+        alphas.append(model.alpha.item())
         return embed(model, images)
     alphas = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
@@ -502,7 +503,7 @@ def test_a_linear_probe_trains_head_and_last_norm_alone_and_resumes(photos, fini
 def test_the_transfer_recipes_start_the_soft_mask_again_for_any_size(name, epochs):
     for size in ("tiny", "base"):
         flags = ["--data", "cifar100", "--size", size, "--recipe", name, "--init-from", "a.pt"]
-        made, recipe, cfg = train.resolve(train.parse_flags(flags), None)
+        made, recipe, cfg = train.resolve(train.parse(flags), None)
         assert (cfg.img_size, cfg.mask, made.dtype) == (224, "soft", "auto")
         assert [soft_mask_at(i, recipe, 97) for i in (0, epochs * 97 - 1, epochs * 97)] == [1, 0, 0]
 
@@ -529,13 +530,13 @@ class Stop(Exception):
 
 def stopped(photos, out, monkeypatch, *flags):
     """A run that ends right after its first epoch was evaluated and saved."""
-    def save_and_stop(settings, state, *rest):
-        save(settings, state, *rest)
-        if state.epoch == 1:
+    def save_and_stop(folder, improved=False):
+        save(folder, improved)
+        if folder.state.epoch == 1:
             raise Stop
-    save = train.save
+    save = RunFolder.save
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "save", save_and_stop)
+        patch.setattr(RunFolder, "save", save_and_stop)
         run(photos, out, *flags)
 
 
@@ -608,9 +609,10 @@ def test_the_data_may_have_moved(photos, finished, monkeypatch, tmp_path, capsys
 SPY = """  # train.py, but each rank saves its first gradients and how often they were synchronised
 import os, sys
 import torch, train
+from harness import processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-class Counting(train.DistributedDataParallel):
+class Counting(processes.DistributedDataParallel):
     syncs = 0
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -625,7 +627,7 @@ class Saving(torch.optim.AdamW):
             torch.save([p.grad for group in self.param_groups for p in group["params"]], sys.argv[1])
         return super().step(*args)
 
-train.DistributedDataParallel, torch.optim.AdamW = Counting, Saving
+processes.DistributedDataParallel, torch.optim.AdamW = Counting, Saving
 train.main(sys.argv[2:])
 open(sys.argv[1] + os.environ["RANK"], "w").write(str(Counting.syncs))
 """
@@ -682,8 +684,8 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--mask", "hard"], "argument --mask: invalid choice: 'hard' (choose from none, causal"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
-    (["--lr", "-1"], "--lr is -1.0; it must be a number from 0 on"),
-    (["--lr", "nan"], "--lr is nan; it must be a number from 0 on"),
+    (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
+    (["--lr", "nan"], "--lr is nan; it must be at least 0"),
     (["--min-lr", "0.1"], "--min-lr 0.1 is above --lr 0.0007: lower --min-lr, too"),
     (["--warmup-epochs", "3"], "--epochs 2 would end before --warmup-epochs 3: lower that, too"),
     (["--soft-mask-epochs", "3"], "--epochs 2 would end before --soft-mask-epochs 3: lower that, too"),
@@ -691,22 +693,22 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--init-from", ""], "argument --init-from: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--data", ""], "argument --data: it is empty: give a value, or drop the flag; --help lists the flags"),
     (["--freeze"], "--freeze needs weights to start from: give --init-from"),
-    (["--label-smoothing", "2"], "--label-smoothing is 2.0; it is a probability, at most 1"),
-    (["--drop-path", "1"], "drop_path is 1.0; it must be at least 0 and less than 1"),
+    (["--label-smoothing", "2"], "--label-smoothing is 2.0; it must be from 0 to 1"),
+    (["--drop-path", "1"], "--drop-path is 1.0; it must be from 0 to 0.99"),
     (["--soft-mask-schedule", "cosine"], "argument --soft-mask-schedule: invalid choice: 'cosine' (choose from constant, linear)"),
     (["--colour", "red"], "unrecognized arguments: --colour red; --help lists the flags"),
     (["--siz", "tiny"], "unrecognized arguments: --siz tiny; --help lists the flags"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from auto, cuda, mps, cpu)"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from auto, float32, bfloat16, float16)"),
     (["--dtype", "float16"], "--dtype float16 needs a CUDA GPU, this is cpu; use bfloat16 or float32"),
-    (["--workers", "-1"], "--workers is -1; it must be from 0 to 1024"),
-    (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8; 16 is"),
+    (["--workers", "-1"], "--workers is -1; it must be from 0 to 1,024"),
+    (["--img-size", "20"], "img_size 20 is not a multiple of patch_size 8"),
     (["--step", "ps_cls", "--soft-mask-epochs", "1"], "--soft-mask-epochs needs a soft mask, but the mask of this"),
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
     (["--batch-size", "6", "--micro-batch", "3", "--mixup", "0.1"], "--micro-batch 3 is odd, but mixup and cutmix pair"),
-    (["--erasing", "1.5"], "--erasing is 1.5; it is a probability, at most 1"),
+    (["--erasing", "1.5"], "--erasing is 1.5; it must be from 0 to 1"),
     (["--batch-size", "32"], "has 24 training images, less than one --batch-size 32: make it smaller"),
-    (["--resume", "nowhere"], "--resume nowhere goes on in that folder: drop --out"),
+    (["--resume", "nowhere"], "--resume nowhere continues in that folder: drop --out"),
 ])
 def test_bad_flags_are_refused(flags, said, photos, tmp_path, capsys):
     error = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL, *flags], capsys)
@@ -724,7 +726,7 @@ def test_a_folder_without_val_is_refused(photos, tmp_path, capsys):
 def test_an_explicit_folder_with_another_run_is_refused(photos, finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     said = refused(train, ["--data", photos, "--out", finished, *SMALL], capsys)
-    assert f"--out {finished} holds another run: give another folder, or add --resume to go on with it" in said
+    assert f"--out {finished} holds another run: give another folder, or add --resume to continue it" in said
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -744,8 +746,8 @@ def test_traps_of_recipes_on_1000_classes_are_refused(flags, said, thousand, tmp
     (["--resume", "a" * 300], "a: File name too long: give another path"),
     (["--width", "1000000"], "there is not enough memory for this: make the model, the images or the batch smaller"),
     (["--img-size", "100000", "--patch-size", "100000"], "there is not enough memory for this: make the model"),
-    (["--depth", "100000"], "depth is 100000; it must be at most 1,000"),
-    (["--workers", "99999999"], "--workers is 99999999; it must be from 0 to 1024"),
+    (["--depth", "100000"], "--depth is 100000; it must be from 1 to 1,000"),
+    (["--workers", "99999999"], "--workers is 99999999; it must be from 0 to 1,024"),
 ])
 def test_what_the_system_refuses_is_one_sentence(flags, said, photos, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -780,7 +782,7 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
     (dict(classes=["cat", "dog", "fox"]), "has the classes cat, dog, owl, but the run to resume had cat, dog, fox"),
     (dict(train_images=25), "has 24 training images, but the run to resume had 25"),
     (dict(model={}), "the weights do not fit the model: "),
-    (dict(model=torch.zeros(1)), "last.pt: model is 'tensor([0.])', which is not of the kind dict: use another file"),
+    (dict(model=torch.zeros(1)), "last.pt: model is 'tensor([0.])', which is not of the type dict: use another file"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
     torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")

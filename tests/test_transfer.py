@@ -6,11 +6,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-import data
 from conftest import SMALL, load, refused
 from data import open_data
-from downstream import transfer
-from downstream.transfer import Part, open_part
+from experiments import transfer
+from experiments.transfer import Part, open_part
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert Counter((row["step"], row["start"]) for row in rows) == {
         (step, start): 1 if start == "pretraining" else 2
-        for step in transfer.RUNGS for start in ("pretraining", "scratch", "fine-tuning", "probe")}
+        for step in transfer.COMPARED for start in ("pretraining", "scratch", "fine-tuning", "probe")}
     before = load(tmp_path / "first-soft_mask-0" / "last.pt")["model"]
     for start, same in (("probe", True), ("fine-tuning", False)):
         after = load(tmp_path / f"{start}-5-soft_mask-0" / "last.pt")
@@ -67,10 +66,10 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
         assert after["classes"] == ["cat", "dog"] and after["alpha"] == 0
 
 
-def test_bad_input_is_refused(photos, monkeypatch, capsys):
-    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))               # parts are added to it
+def test_bad_input_is_refused(photos, capsys):
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
-    assert "must be at least 1" in refused(transfer, ["--seeds", 0], capsys)
+    for flag in ("--seeds", "--epochs", "--pretrain-epochs", "--jobs"):
+        assert "must be at least 1" in refused(transfer, [flag, 0], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["--data", "shapes"], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["train", *SMALL, "--data", "shapes:first"], capsys)
     flags = ["train", *SMALL, "--data", f"{photos}:half"]

@@ -1,6 +1,6 @@
 """Where in an image does a causal mask cost accuracy? mIoU and pixel accuracy by row and by column.
 
-    python -m downstream.where out/segment/*/last.pt --out out/where.jsonl
+    python -m experiments.where out/segment/*/last.pt --out out/where.jsonl
 
 A patch at the top left attends to nothing but itself, one at the bottom right to all. Measured twice: over whole
 images, predicted by overlapping windows as in evaluation, in eight bands; and over the windows, each on its own, by the
@@ -16,9 +16,9 @@ from tqdm import tqdm
 from data import check_readable
 from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
-from eval import Parser, report_errors, setup
-from experiments.properties import report
-from model import overrides
+from experiments.properties import one_process
+from harness.flags import Parser, overrides, report_errors
+from harness.run import append_row
 
 BANDS = 8    # of whole images
 
@@ -43,45 +43,43 @@ def profile(counts):
     """mIoU and pixel accuracy by row and by column of by_cell()'s counts."""
     found = {}
     for side, matrices in dict(rows=counts.sum(1), columns=counts.sum(0)).items():
-        miou, accuracy = zip(*map(band_scores, matrices))
+        miou, accuracy = zip(*(band_scores(matrix) for matrix in matrices))
         found |= {f"{side}_miou": miou, f"{side}_pixel_acc": accuracy}
     return found
 
 
 @torch.no_grad()
 def measure(model, batches, short_side):
-    """dict(image, window) of profiles. ValueError if an image or annotation cannot be read."""
+    """dict(image, window) of profiles. InputError if an image or annotation cannot be read."""
     cfg = model.backbone.cfg
-    side, image_counts, window_counts = cfg.img_size // cfg.patch_size, 0, 0
-    for images, labels, faults in tqdm(batches, leave=False, disable=None):
-        check_readable(faults)
+    image_counts = window_counts = 0
+    for images, labels, errors in tqdm(batches, leave=False, disable=None):
+        check_readable(errors)
         image = TF.resize(images[0], max(cfg.img_size, short_side))              # as predict() does
         windows = list(by_window(model, image))
         predicted = resize(stitch(windows, *image.shape[1:])[None], labels.shape[1:])[0].argmax(0)
         image_counts = image_counts + by_cell(labels[0], predicted, cfg.num_classes, BANDS)
         labels = TF.resize(labels, image.shape[1:], InterpolationMode.NEAREST)[0]
         for box, logits in windows:
-            window_counts = window_counts + by_cell(labels[box], logits.argmax(0), cfg.num_classes, side)
+            window_counts = window_counts + by_cell(labels[box], logits.argmax(0), cfg.num_classes, cfg.grid)
     return dict(image=profile(image_counts), window=profile(window_counts))
 
 
+@report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m downstream.where", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.where", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", help="runs of downstream.segment")
     parser.add_argument("--data", help="a folder in ADE20K's layout; default: each run's own")
     parser.add_argument("--out", help="append the rows to this file")
-    with report_errors():
-        args = parser.parse_args(argv)
-        _, world, device, _ = setup("cpu")
-        if world > 1:
-            raise ValueError("rows are measured in one process: use python, not torchrun")
-        for source in args.checkpoints:
-            model, checkpoint = open_segmenter(source, device)
-            run, short_side = checkpoint["run"], checkpoint["recipe"]["short_side"]
-            val = open_validation(checkpoint, args.data)
-            changes = overrides(model.backbone.cfg, run["size"], run["step"])
-            report(dict(step=run["step"], overrides=changes, seed=run["seed"], init_from=run["init_from"],
-                        **measure(model, validation(val), short_side)), args.out)
+    args = parser.parse_args(argv)
+    device = one_process("cpu")
+    for source in args.checkpoints:
+        model, checkpoint = open_segmenter(source, device)
+        run, short_side = checkpoint["run"], checkpoint["recipe"]["short_side"]
+        val = open_validation(checkpoint, args.data)
+        row = dict(step=run["step"], overrides=overrides(model.backbone.cfg, run["size"], run["step"]),
+                   seed=run["seed"], init_from=run["init_from"])
+        append_row(row | measure(model, validation(val), short_side), args.out)
 
 
 if __name__ == "__main__":

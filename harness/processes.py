@@ -1,0 +1,232 @@
+"""Ranks and devices, requests to stop, printing on rank 0, and data-loading workers' start and end.
+
+    rank, world, device, dtype = setup("auto", "auto")         # joins the other ranks that torchrun started
+    data = once_per_node(download, "cifar10")
+    folder = on_rank_0(make_folder)
+    stop_on_signals()                                          # then `stop_requests` fills
+"""
+import atexit
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from harness.flags import InputError, require
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+PREEMPTED = 75           # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
+cpu_group = None         # all ranks, for waiting: NCCL would end those that wait ten minutes for a download or a scan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and ranks
+
+
+def setup(device="auto", dtype="auto"):
+    """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
+
+    `auto` takes a GPU where there is one; it computes in bfloat16 on CUDA and in float32 elsewhere.
+    """
+    rank, world, local_rank = environment()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    require(device != "cuda" or local_world <= gpus, f"--device cuda: this machine has {gpus} GPUs for {local_world} "
+            "processes; start fewer, or use --device cpu")
+    require(device != "mps" or mps, "--device mps: there is none on this machine; use --device cpu")
+    require(device != "mps" or world == 1, "--device mps: one process at a time; use --device cpu")
+    require(dtype in DTYPES, f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")        # of a checkpoint
+    require(dtype != "float16" or device == "cuda", f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 "
+            "or float32")
+    # float32 is float32, by torch's default not in convolutions
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    device = torch.device(device)
+    if world > 1:
+        join(rank, world, device)
+    return rank, world, device, getattr(torch, dtype)
+
+
+def environment():
+    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for half of them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    missing = [name for name in names if name not in os.environ]
+    require(not missing, f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
+    values = [os.environ[name] for name in names[:3]]
+    require(all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]),
+            f"{', '.join(names[:3])} are {', '.join(values)}: start with torchrun, which sets them")
+    return tuple(int(value) for value in values)
+
+
+def join(rank, world, device):
+    global cpu_group
+    gpu = device.type == "cuda"
+    store, _, _ = next(dist.rendezvous("env://"))
+    # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if gpu else None)
+    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def shut_down():
+    """Leave the other ranks. The pause lets gloo's threads free their tensors, for which they need Python's lock; torch
+    2.6 holds it while it waits for these threads to end."""
+    if dist.is_initialized():
+        dist.barrier()
+        time.sleep(1)
+        dist.destroy_process_group()
+
+
+def is_rank_0():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def default_workers():
+    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def wrap(model, blocks, machine, world):
+    """The model as it is trained: with activation checkpointing of its blocks, compiled, in DistributedDataParallel."""
+    if machine.recompute:                # only each block's input is saved for backward, which computes the rest again
+        for block in blocks:
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    if machine.compile:
+        model.compile()
+    if world == 1:
+        return model
+    net = DistributedDataParallel(model)
+    net.broadcast_buffers = False        # they follow from the configuration; torch is renaming the argument
+    return net
+
+
+def once_per_node(function, *args, **kwargs):
+    """Call a function on local rank 0 of each node, then on its other ranks: so a node downloads once."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier(cpu_group)
+    try:
+        return function(*args, **kwargs)
+    finally:   # after an error too: then the others meet it as well, and all end
+        if dist.is_initialized() and first:
+            dist.barrier(cpu_group)
+
+
+def all_gather(value):
+    """What each rank has, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+
+def on_rank_0(function, *args):
+    """Call a function on rank 0 alone; all ranks get what it returns, or the InputError or OSError that it raises."""
+    answer = error = None
+    if is_rank_0():
+        try:
+            answer = function(*args)
+        except (InputError, OSError) as refusal:
+            error = refusal
+    answer, error = all_gather((answer, error))[0]
+    if error:
+        raise error
+    return answer
+
+
+def print_rank0(text, file=None):
+    """Print on rank 0. What cannot be written any more, to a closed terminal or pipe or a full disk, is dropped: a run
+    does not end with its output."""
+    file = file or sys.stdout
+    try:
+        if is_rank_0():
+            tqdm.write(text, file)
+            file.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())         # what is left in its buffer, too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests to stop
+
+
+stop_requests = []                 # the signals that asked this program to stop
+write_lock = threading.Lock()      # held while a file is written
+
+
+def stop_on_signals():
+    """SIGTERM, SIGINT and SIGHUP ask the program to stop, by what they leave in stop_requests; one that comes two
+    seconds or more later ends it at once. (Sooner it is the same Ctrl-C, from the terminal and from torchrun.)
+
+    A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    for number in SIGNALS:
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:       # by nohup
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
+
+
+def listen(reading, writing):            # the latter to keep it open
+    first = math.inf
+    while True:
+        number = reading.recv(1)[0]
+        if number in SIGNALS:
+            if time.monotonic() - first > 2:
+                with write_lock:
+                    os._exit(128 + number)
+            stop_requests.append(number)
+            if first == math.inf:
+                first = time.monotonic()
+                print_rank0("stopping as soon as everything is saved; a second signal ends it at once")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data-loading workers
+
+
+def start_worker(_):
+    """Ignore the signals that stop a run: they reach workers too, and a worker's death would end the run before it is
+    saved. Freeze the garbage collector: its marks would copy the shared memory of all modules, 80 MB per worker."""
+    signal.set_wakeup_fd(-1)     # inherited by fork: the worker's signals would reach the run's listen()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()
+
+
+@atexit.register
+def end_workers():
+    """Kill the workers that are left: at exit multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
