@@ -78,10 +78,6 @@ def report_errors():
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
-
-
 def shorten(names):
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -122,10 +118,6 @@ def overrides(cfg, size, step):
             if getattr(cfg, name) != getattr(usual, name):
                 found[name] = getattr(cfg, name)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
 
 
 class Parser(argparse.ArgumentParser):

@@ -34,10 +34,6 @@ PREEMPTED = 75           # exit code of a run that was asked to stop: "try again
 cpu_group = None         # all ranks, for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and ranks
-
-
 def setup(device="auto", dtype="auto"):
     """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
 
@@ -173,10 +169,6 @@ def print_rank0(text, file=None):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())         # what is left in its buffer, too
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests to stop
-
-
 stop_requests = []                 # the signals that asked this program to stop
 write_lock = threading.Lock()      # held while a file is written
 
@@ -208,10 +200,6 @@ def listen(reading, writing):            # the latter to keep it open
             if first == math.inf:
                 first = time.monotonic()
                 print_rank0("stopping as soon as everything is saved; a second signal ends it at once")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data-loading workers
 
 
 def start_worker(_):

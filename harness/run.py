@@ -42,10 +42,6 @@ class Machine:
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What to resume
-
-
 def find_checkpoint(given, *parts, out="out"):
     """(path, checkpoint) that --resume means, the newest that is intact; (None, None) if nothing has been saved yet.
     `parts` are the dataclasses of the checkpoint's state, run and recipe."""
@@ -104,10 +100,6 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
             require(theirs[name] == first[name], f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank "
                     f"{rank}: give all nodes the same data and flags, and a folder for --out and --resume that they "
                     "share")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
 
 
 def settings_of(run, recipe, cfg, train, world):
@@ -319,10 +311,6 @@ class RunFolder:
         print_rank0(f"done    {best}; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}")
         self.unlock()
         shut_down()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Beside the training
 
 
 class Monitor:
