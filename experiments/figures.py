@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import eval_transform, labels_of, open_data
 from experiments.ladder import VARIANTS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.results import (READ, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed, read_by, rows, seeds_of,
+from experiments.results import (READ, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed, read_by, rows, seeds_of,
                                  segmented, transferred)
 from experiments.transfer import PERCENT
 from harness.checkpoint import build, open_checkpoint
@@ -215,43 +215,16 @@ def draw_properties():
     return fig
 
 
-def draw_curves():
-    """Top-1 over the minutes of training."""
-    fig, ax = plt.subplots(figsize=(8, 3.4))
-    for (name, (title, _)), look in zip(RUNS.items(), LINES):
-        minutes = [row["time_s"] / 60 for row in rows(name)]
-        top1 = [row["test_acc1"] for row in rows(name)]
-        ax.plot(minutes, top1, label=title.replace("`", ""), **look)
-        ax.annotate(f"{top1[-1]:.1f} %", (minutes[-1], top1[-1]), (0, 8), textcoords="offset points", ha="center",
-                    color=look["color"], weight="bold")
-    ax.set(xlabel="minutes on 2 CPU cores", ylabel="top-1 on validation images, %", xlim=(0, 21), ylim=(0, 109),
-           yticks=range(0, 101, 20), xticks=range(0, 21, 5))
-    fig.legend(loc="outside lower center", ncols=3)
-    return fig
-
-
 def draw_anytime():
-    """Accuracy after each row of patches, and of stopping early against the work that it takes; a line per seed."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.9))
+    """Accuracy after each row of patches, a line per seed."""
+    fig, ax = plt.subplots(figsize=(8, 3.9))
     band = dict(color=GREY, linewidth=7, alpha=0.4, zorder=1)                    # beneath the causal model's lines
     looks = {"causal-3": LINES[1], "prefixes-3": LINES[0], "bidirectional-3": band, "prefixes-10": LINES[2]}
     for name, look in looks.items():
         for seed, accuracy in enumerate(read_by(name, "acc1_by_row")):
-            left.plot(range(1, len(accuracy) + 1), accuracy, label=None if seed else READ[name], **look)
-    for name in ("causal-3", "prefixes-3", "prefixes-10"):
-        look = looks[name]
-        for curve in read_by(name, "curve"):
-            accuracy, _, work = zip(*curve)
-            right.plot(work, accuracy, color=look["color"], linestyle=look["linestyle"])
-        right.plot(read_by(name, "exit_work"), read_by(name, "exit_acc1"), look["marker"], color=look["color"],
-                   markersize=8, markeredgewidth=1, markeredgecolor="white")
-    right.axvline(1, color=GREY, linestyle=":", linewidth=1.2)
-    right.text(0.985, 13, "one forward pass", fontsize=8.5, rotation=90, ha="right", va="bottom")
-    left.set(xlabel="rows of patches read", ylabel="CIFAR-10 top-1, %", xticks=range(1, 9), ylim=(10, 75),
-             title="after each row, a line per seed")
-    right.set(xlabel="mean work, relative to one forward pass", ylim=(10, 75), xlim=(0, 1.2),
-              title="early exit; large marks: the threshold chosen")
-    fig.legend(loc="outside lower center", ncols=2)
+            ax.plot(range(1, len(accuracy) + 1), accuracy, label=None if seed else READ[name], **look)
+    ax.set(xlabel="rows of patches read", ylabel="CIFAR-10 top-1, %", xticks=range(1, 9))
+    ax.legend(loc="lower right")
     return fig
 
 
@@ -348,7 +321,7 @@ def draw_attention(runs, data):
 
 
 FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
-               properties=draw_properties, curves=draw_curves, anytime=draw_anytime, where=draw_where,
+               properties=draw_properties, anytime=draw_anytime, where=draw_where,
                transfer=draw_transfer, leak=draw_leak, attention=draw_attention)
 
 

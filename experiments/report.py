@@ -151,12 +151,6 @@ def anytime_table():
                  [[title, *zip(*read_by(name, "acc1_by_row"))] for name, title in READ.items()])
 
 
-def exit_table():
-    return table("early exit | all rows: top-1, % | early exit: top-1, % | rows read, of 8 | work, x", [
-        [title, read_by(name, "whole_acc1"), read_by(name, "exit_acc1"), plus_minus(read_by(name, "exit_rows"), 2),
-         plus_minus(read_by(name, "exit_work"), 2)] for name, title in READ.items() if name != "bidirectional-3"])
-
-
 def reading_table():
     body = []
     for row in rows("anytime-cost"):
@@ -281,26 +275,6 @@ def growth_table():
                  "| activation memory per image, `soft` | `causal` | timm's", body)
 
 
-def files_table():
-    body = []
-    for name, what in (("torchvision", "torchvision's ImageFolder: a list of tuples"), ("ours", "here: arrays")):
-        start, *looks = [row for row in rows("bench_files") if row["contender"] == name and row["files"] == 1_000_000]
-        first, last = (max(look["private_mb"]) for look in (looks[0], looks[-1]))
-        body.append([what, f"{start['startup_s']:.1f} s", f"{first:.0f}", f"{last:.0f}"])
-    return table("file list | start-up | at the first batch | after 130 s", body)
-
-
-def soak_table():
-    body = []
-    for data in ("shapes", "photos"):
-        looks = [min(rows(f"soak-{data}"), key=lambda row: abs(row["minute"] - minute)) for minute in (2, 10, 20)]
-        for kind, part in (("ranks", slice(0, 2)), ("workers", slice(2, None))):
-            own = [row["own_mb"][part] for row in looks]
-            files = ", ".join(str(max(row["open_files"][part])) for row in looks)
-            body.append([data, kind, *(f"{min(mb):.0f} to {max(mb):.0f}" for mb in own), f"at most {files}"])
-    return table("data | process | minute 2 | minute 10 | minute 20 | open files", body, left=2)
-
-
 def macs_table():
     body = []
     for size in ("tiny", "small", "base", "large"):
@@ -327,9 +301,9 @@ def mask_table():
 PARTS = dict(
     code=code_table, ladder=ladder_table, results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
-    anytime=anytime_table, exit=exit_table, reading=reading_table, runs=runs_table, longer=longer_table,
+    anytime=anytime_table, reading=reading_table, runs=runs_table, longer=longer_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
-    speed=speed_table, memory=memory_table, growth=growth_table, files=files_table, soak=soak_table, macs=macs_table,
+    speed=speed_table, memory=memory_table, growth=growth_table, macs=macs_table,
     mask=mask_table)
 PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md")
 

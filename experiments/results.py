@@ -5,7 +5,7 @@ those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.j
 leak.jsonl those of its `--measure leak`; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
 of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl,
 transfer.jsonl and select.jsonl rows of the programs of these names there. Other NAME.jsonl are the metrics.jsonl of the
-run NAME as it was left; demo.jsonl the two runs of the README's quick start; bench_* and soak-* rows of the programs in
+run NAME as it was left; demo.jsonl the two runs of the README's quick start; bench_* rows of the programs in
 benchmarks/. published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best
 epoch of each of the authors' logs whose weights are published.
 """

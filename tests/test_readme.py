@@ -84,14 +84,14 @@ def test_other_commands_have_flags_that_exist():
                           r"|downstream\.select|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "samples", "anytime", "where", "select", "transfer")),
-        *(f"benchmarks.{name}" for name in ("bench_model", "bench_data", "bench_files", "soak")),
+        *(f"benchmarks.{name}" for name in ("bench_model", "bench_data")),
         "downstream.select", "downstream.segment"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         shares = {"experiments.properties": "eval.py", "experiments.select": "experiments/ladder.py",
                   "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""
-        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags) if "soak" not in file else ():        # which train.py takes
+        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
             assert f'"{flag}"' in source, f"{file} {flag}"
 
 
