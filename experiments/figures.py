@@ -10,28 +10,23 @@ The ground is transparent and the colours read on white and in GitHub's dark mod
 from pathlib import Path
 from statistics import fmean
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from data import eval_transform, labels_of, open_data
 from experiments.ladder import VARIANTS, title_of
 from experiments.properties import class_token_attention, open_conflict, singular_values_for
-from experiments.results import (READ, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed, read_by, rows, seeds_of,
-                                 segmented, transferred)
-from experiments.transfer import PERCENT
+from experiments.report import uniform_attention
+from experiments.results import EPOCHS, READ, SEGMENTED, by_step, climbed, read_by, seeds_of, segmented
 from harness.checkpoint import build, open_checkpoint
-from harness.flags import Parser, report_errors, require
+from harness.flags import Parser, report_errors
 from model import STEPS, Config, VisionTransformer
 from synthetic.shapes import Shapes
-
-try:
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.patches import Rectangle
-except ImportError:
-    plt = None
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -58,13 +53,6 @@ def show(ax, image, **kwargs):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.grid(False)
-
-
-def plot_seeds(ax, x, curves, label, look):
-    """A thin line per seed, and their mean."""
-    for curve in curves:
-        ax.plot(x, curve, color=look["color"], linestyle=look["linestyle"], linewidth=0.8, alpha=0.55)
-    ax.plot(x, np.mean(curves, axis=0), label=label, **look)
 
 
 MASKS = (  # mask, whether the class token is last, alpha, what it comes to
@@ -134,28 +122,22 @@ def draw_shapes():
 
 def draw_conflict():
     """What training teaches, a texture for each shape; what the conflict split asks; and that as the models see it."""
-    fig = plt.figure(figsize=(8, 5))
-    top, middle, bottom = fig.subfigures(3, 1, height_ratios=(1.25, 2.2, 1.9))
-    top.suptitle("training and validation: each shape has a texture of its own", x=0.006, ha="left")
-    middle.suptitle("\nconflict: shape and texture belong to different classes", x=0.006, ha="left")
-    bottom.suptitle("\nthe same six images at 32 x 32 pixels, the resolution of the models", x=0.006, ha="left")
-    agree = Shapes("train", 72, cue=True)
-    for i, ax in enumerate(top.subplots(1, 10)):
-        show(ax, agree[30 + i][0])
-        ax.set_xlabel(agree.classes[i])
-    source, shapes, textures = open_conflict("shapes-cue", 128)
-    for i, ax in enumerate(middle.subplots(1, 6), start=133):                    # six different textures
-        show(ax, source[i][0])
-        ax.set_xlabel(f"shape: {shapes[i]}\ntexture: {textures[i]}'s")
-    small = Shapes("conflict", 32, cue=True)
-    for i, ax in enumerate(bottom.subplots(1, 6), start=133):
-        show(ax, small[i][0])
+    fig, axes = plt.subplots(3, 6, figsize=(8, 4.7))
+    agree, small = Shapes("train", 128, cue=True), Shapes("conflict", 32, cue=True)
+    conflict, shapes, textures = open_conflict("shapes-cue", 128)
+    for i, column in enumerate(axes.T, start=133):                               # six different textures
+        for ax, source in zip(column, (agree, conflict, small)):
+            show(ax, source[i][0])
+        column[0].set_xlabel(shapes[i])
+        column[1].set_xlabel(f"shape: {shapes[i]}\ntexture: {textures[i]}'s")
+    for ax, text in zip(axes[:, 0], ("training: shape\nand texture agree", "conflict", "conflict,\n32 x 32 pixels")):
+        ax.set_ylabel(text)
     return fig
 
 
 def draw_ladder():
     """Each seed a mark and each mean a bar; beside it, the published accuracies."""
-    found, epochs = climbed()
+    found = climbed()
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(8, 5.3), sharey=True, width_ratios=(2, 1))
     for y, step in enumerate(VARIANTS):
         mean, published = fmean(found[step]), VARIANTS[step].published
@@ -171,7 +153,7 @@ def draw_ladder():
             if published < 71.5:
                 theirs.text(71.6, y, "← fails", color=GREEN, weight="bold", va="center")
     ours.set(xlim=(48, 63), ylim=(len(VARIANTS) - 0.5, -0.5), xlabel="CIFAR-10 top-1, %; the axis starts at 48",
-             title=f"measured here, {epochs} epochs")
+             title=f"measured here, {EPOCHS} epochs")
     theirs.set(xlim=(71.5, 75.2), xticks=range(72, 76), xlabel="ImageNet top-1, %; from 71.5",
                title="published, size T")
     names = [title_of(step).replace(" ", "\n", 1) for step in VARIANTS]
@@ -197,9 +179,7 @@ def draw_properties():
             points = [(100 * confidence, 100 * accuracy) for images, confidence, accuracy in bins if images >= 30]
             right.plot(*zip(*points), **look, markersize=3.5, linewidth=1.2, alpha=0.75, label=None if seed else name)
 
-    uniform = torch.full((65, 65), 1 / 65, dtype=torch.float64)                  # the mask alone, nothing learned
-    lower = uniform.tril()
-    for attn, mask in ((uniform, "no mask"), (lower / lower.sum(-1, keepdim=True), "causal"), (lower, "soft, alpha 0")):
+    for mask, attn in uniform_attention(65).items():
         count = singular_values_for(0.9, attn).item()
         left.axhline(count, color=GREY, linestyle=":", linewidth=1.2)
         left.text(4.45, count + 0.6, f"uniform attention,\n{mask}: {count}", fontsize=8)
@@ -229,7 +209,7 @@ def draw_anytime():
 
 
 def draw_where():
-    """mIoU by row and by column of an image and of a window."""
+    """mIoU by row and by column of an image and of a window; a thin line per seed, and their mean."""
     fig, axes = plt.subplots(2, 2, figsize=(8, 5), sharey=True)
     panels = (("image", "rows", "rows of an image, eighths from the top"),
               ("image", "columns", "columns of an image, eighths from the left"),
@@ -237,29 +217,14 @@ def draw_where():
               ("window", "columns", "columns of a window, patches from the left"))
     for ax, (what, side, title) in zip(axes.flat, panels):
         for (step, name), look in zip(SEGMENTED.items(), LINES):
-            curves = [row[what][f"{side}_miou"] for row in segmented("where", step, True)]
-            places = range(1, len(curves[0]) + 1)
-            plot_seeds(ax, places, curves, name.replace("`", "") if ax is axes[0, 0] else None, look)
+            curves = np.array([row[what][f"{side}_miou"] for row in segmented("where", step, True)])   # seeds, places
+            places = range(1, curves.shape[1] + 1)
+            ax.plot(places, curves.T, **look | dict(marker=""), linewidth=0.8, alpha=0.55)
+            ax.plot(places, curves.mean(0), **look, label=name.replace("`", ""))
         ax.set(ylim=(17, 50), title=title, xticks=places[::2])
     fig.suptitle("CamVid, all models pretrained on CIFAR-10; thick lines: mean of the seeds")
     fig.supylabel("mIoU, %", fontsize=9)
-    fig.legend(loc="outside lower center", ncols=3)
-    return fig
-
-
-def draw_transfer():
-    """Accuracy against the number of labelled images, by where a model starts."""
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True)
-    images = [250 * percent for percent in PERCENT]
-    for ax, (step, title) in zip(axes, TRANSFERRED.items()):
-        for (start, name), look in zip(STARTS.items(), (LINES[1], LINES[0], LINES[2])):
-            curves = np.transpose([transferred(start, step, percent) for percent in PERCENT])    # seeds, percents
-            plot_seeds(ax, images, curves, name if ax is axes[0] else None, look)
-        ax.set(xscale="log", xlabel="labelled images", ylim=(48, 78), title=title.replace("`", ""))
-        ax.set_xticks(images, [f"{count:,}" for count in images])
-        ax.set_xticks([], minor=True)
-    axes[0].set_ylabel("top-1, %")
-    fig.legend(loc="outside lower center", ncols=3)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
@@ -272,8 +237,7 @@ def draw_leak():
                              ("ps_cls", "causal", dict(color=BLUE, linestyle=(0, (3, 3))))):
         percent = found[step][0][:-2]                                    # without the last patch and the class token
         last = len(percent)
-        ends = f"{percent[0]:.2g} % at token 1, {percent[-1]:.3g} % at token {last}" if any(percent) else "exactly 0"
-        ax.plot(range(1, last + 1), percent, label=f"{name}: {ends}", **look)
+        ax.plot(range(1, last + 1), percent, label=name if any(percent) else f"{name}: exactly 0", **look)
     ax.axvspan(last + 0.5, last + 2.5, color=FAINT, linewidth=0)
     ax.text(last + 1.5, 1.2, "inverted patch, class token", rotation=90, ha="center", va="center", fontsize=8.5)
     ax.grid(False, axis="x")
@@ -322,17 +286,7 @@ def draw_attention(runs, data):
 
 FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
                properties=draw_properties, anytime=draw_anytime, where=draw_where,
-               transfer=draw_transfer, leak=draw_leak, attention=draw_attention)
-
-
-def save(name, fig):
-    path = ASSETS / f"{name}.png"
-    fig.savefig(path)
-    image = Image.open(path).convert("RGBA")
-    if name not in ("masks", "shapes", "conflict"):         # whose gradients need more than 256 colours
-        image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
-    print(f"{name}: drawn")
+               leak=draw_leak, attention=draw_attention)
 
 
 def main():
@@ -342,10 +296,14 @@ def main():
     parser.add_argument("--data", default="cifar10", help="attention: the validation images, as in train.py")
     with report_errors():
         args = parser.parse_args()
-        require(plt, "the figures need matplotlib: pip install matplotlib")
         plt.rcParams.update(STYLE)
         for name in args.names or FIGURES:
-            save(name, draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]())
+            fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
+            path = ASSETS / f"{name}.png"
+            fig.savefig(path)
+            if name not in ("masks", "shapes", "conflict"):                      # whose gradients need more colours
+                Image.open(path).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
+            print(f"{name}: drawn")
 
 
 if __name__ == "__main__":

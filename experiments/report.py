@@ -1,89 +1,61 @@
 """The tables of README.md and docs/, made from the rows in results/: python -m experiments.report
 
-A table stands between the marks <!-- NAME --> and <!-- end -->, and PARTS says what makes it. The text around it is
-written by hand.
+A table stands between the marks <!-- NAME --> and <!-- end -->, and PARTS says what makes it. All other text, and the
+tables without marks, are written by hand.
 """
-import inspect
 import re
 from statistics import fmean, stdev
 
 import torch
 
-import model
-from experiments.ladder import VARIANTS, title_of
-from experiments.paper import paper_table
+from experiments.ladder import PUBLISHED, VARIANTS, title_of
 from experiments.properties import multiply_accumulates, singular_values_for
 from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed,
-                                 comparisons, means, measured, percent, plus_minus, read_by, rows, seeds_of, segmented,
-                                 selected, table, transferred)
+                                 comparisons, measured, read_by, rows, seeds_of, segmented, selected, transferred)
 from experiments.transfer import PERCENT
 from model import VisionTransformer, config
 
 
+def plus_minus(values, digits=1):
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def means(*columns, digits=1):
+    """The mean over seeds of each column."""
+    return " / ".join(f"{fmean(seeds):.{digits}f}" for seeds in columns)
+
+
+def percent(values, whole=1):
+    return [100 * value / whole for value in values]
+
+
+def cell(value):
+    """Text as it is; a number of each seed as mean ± standard deviation."""
+    return value if isinstance(value, str) else plus_minus(value)
+
+
+def table(head, body, left=1):
+    """A table in Markdown. `head` names its columns; all but the first `left` ones hold numbers."""
+    columns = head.split(" | ")
+    rule = ["---"] * left + ["--:"] * (len(columns) - left)
+    return "\n".join([f"| {head} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(map(cell, row))} |" for row in body)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The ladder
-
-
-LADDER = {  # step: its formula, and where it stands
-    "vit": ("x + Attn(LN(x)), then x + W₂ gelu(W₁ LN(x))", model.Block),
-    "swiglu": ("W₂ (silu(W₁ x) · W₃ x)", model.SwiGLU),
-    "rmsnorm": ("x / √(mean(x²) + ε) · w", model.norm),
-    "causal": ("softmax(QKᵀ/√d + M), M = −∞ above the diagonal", VisionTransformer.mask),
-    "ps_cls": ("[patch₁ … patch_P, cls]", VisionTransformer.embed),
-    "rope": ("(q₂ₖ + i q₂ₖ₊₁) · exp(i t θ^(−2k/d)) for token t, keys alike", model.rotate),
-    "abs_pos": ("x + pos", VisionTransformer.embed),
-    "soft_mask": ("softmax(QKᵀ/√d) ⊙ S, S = α above the diagonal, 1 elsewhere", VisionTransformer.mask),
-}
-
-
-def ladder_table():
-    body = []
-    for step, (formula, code) in LADDER.items():
-        source, first = inspect.getsourcelines(code)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in VisionTransformer(config("tiny", step)).parameters())
-        body.append([f"`{step}`", formula, f"[`{code.__name__}`](model.py#L{first}-L{first + len(source) - 1})",
-                     f"{parameters:,}"])
-    return table("`--step` | formula | code | parameters", body, left=3)
-
-
-CODE = {  # files and folders: what they hold, in the order in which they are read
-    "model.py": "the architecture: `Config` and `STEPS`, then the parts with their formulas, then the model",
-    "train.py": "recipes and their sources, schedules, one loop (`main`)",
-    "data.py": "data sets, transforms, the order of images, the loader",
-    "eval.py": "accuracy of a checkpoint, the classes of one image",
-    "test_model.py": "the architecture's specification, a property per test",
-    "harness/": "not needed: command line, processes, checkpoints, a run's folder, image files",
-    "synthetic/": "the drawn data sets",
-    "downstream/": "with a trained model: segmentation, a smaller model's start",
-    "experiments/": "the paper's claims measured again; comparisons of many runs",
-    "benchmarks/": "speed and memory beside timm and torchvision",
-}
-
-
-def code_table():
-    body = []
-    for name, what in CODE.items():
-        path = ROOT / name
-        lines = "" if path.is_dir() else str(len(path.read_text().splitlines()))
-        body.append([f"[{name}]({name.rstrip('/')})", what, lines])
-    return table("in this order | what it holds | lines", body, left=2)
-
-
-def or_nothing(value, digits):
-    return "" if value is None else f"{value:.{digits}f}"
+# The ladder and the paper
 
 
 def results_table():
-    found, losses = climbed()[0], climbed("train_loss")[0]
+    found, losses = climbed(), climbed("train_loss")
     changes, with_vit, without_vit = comparisons()
     body = []
     for step, row in VARIANTS.items():
         change = f"{changes[step]:+.1f}" if step in changes else ""
         change = f"**{change}**" if step in with_vit else f"*{change}*" if step in without_vit else change
-        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", plus_minus(found[step]),
-                     change, f"{fmean(losses[step]):.3f}", or_nothing(row.published, 1), or_nothing(row.published_loss, 3),
-                     or_nothing(row.published_base, 1), or_nothing(row.published_base_loss, 3)])
+        published = [(row.published, 1), (row.published_loss, 3), (row.published_base, 1), (row.published_base_loss, 3)]
+        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", found[step], change,
+                     f"{fmean(losses[step]):.3f}",
+                     *("" if value is None else f"{value:.{digits}f}" for value, digits in published)])
     return table("`--step` | what it changes | against | top-1, % | difference | train loss | paper ¹, T: top-1 | train loss "
                  "| B: top-1 | train loss", body, left=3)
 
@@ -92,6 +64,50 @@ def published_table():
     return table("weights | parameters | epoch | top-1 | top-5 | loss", [
         [f"`{row['weights']}`", f"{row['n_parameters']:,}", str(row["epoch"]), f"{row['published_acc1']:.3f} %",
          f"{row['published_acc5']:.3f} %", f"{row['published_loss']:.4f}"] for row in rows("published")])
+
+
+def paper_table():
+    """The paper's figures from results/published-tables.jsonl, and ours beside them."""
+    top1, train, test = (climbed(key) for key in ("test_acc1", "train_loss", "test_loss"))
+    with torch.device("meta"):
+        models = [VisionTransformer(config(size)) for size in ("tiny", "small", "base", "large")]
+    parameters = " / ".join(f"{sum(p.numel() for p in each.parameters()) / 1e6:.1f}" for each in models)
+    macs = " / ".join(f"{multiply_accumulates(each.cfg)['published'] / 1e9:.1f}" for each in models)
+    bits = [seeds_of("properties", key, "soft_mask") for key in ("test_acc1", "int8_acc1")]
+    ece = [seeds_of("properties", "ece", step) for step in MODELS]
+    shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
+    cifar10 = [transferred("fine-tuning", step, 100) for step in TRANSFERRED]
+    miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
+    starts = [[epochs[-1] for epochs in selected(start)] for start in ("uniform", "random")]
+    rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
+    sizes = ["iLLaMA-T", "iLLaMA-S", "iLLaMA-B", "iLLaMA-L, IN-21K"]
+    lines = [  # where in the paper; what; the column there, its rows, digits; ours
+        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny",
+         ["no soft mask", "linear 50", "constant 50"], 1,
+         means(top1["abs_pos"], top1["soft_mask"], top1["soft_constant"])),
+        ("Table 4", "training loss without / with soft mask, T", "tiny_train", ["no soft mask", "soft mask"], 3,
+         means(train["abs_pos"], train["soft_mask"], digits=3)),
+        ("Table 4", "test loss, T", "tiny_test", ["no soft mask", "soft mask"], 3,
+         means(test["abs_pos"], test["soft_mask"], digits=3)),
+        ("Table 6", "parameters in millions, T / S / B / L", "params_m", sizes, 1, parameters),
+        ("Table 6", "multiply-accumulates in G, T / S / B / L", "gmacs", sizes, 1, macs),
+        ("Table 7", "top-1 with 32 / 8 bits, T", "tiny", ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], 1, means(*bits)),
+        ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece",
+         ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"], 4, means(*ece, digits=4)),
+        ("Table 8", "shape decisions, %, of the same models", "shape", ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"], 2,
+         means(*shape)),
+        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here ViT / iLLaMA, five classes",
+         "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], 1, means(*cifar10)),
+        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"], 1,
+         means(*miou)),
+        ("Table 18", "top-1 from LLaMA-2 weights / random weights, T; here from a larger iLLaMA's, 3 epochs", "tiny",
+         ["LLaMA2-7B, weight selection", "random weights"], 1, means(*starts)),
+        ("Figure 4", "singular values for 80 % in layer 1: head 1 of ViT-T / iLLaMA-T, of 197; here all heads, of 65",
+         "rank_80", ["ViT-T", "iLLaMA-T"], 0, means(*rank))]
+    theirs = {(row["source"], row["row"]): row for row in PUBLISHED}
+    return table("paper | what | published | here", [
+        [source, what, " / ".join(f"{theirs[source, name][key]:.{digits}f}" for name in names), here]
+        for source, what, key, names, digits, here in lines], left=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,15 +126,18 @@ def rank_table():
         ["mean", *(means([fmean(map(fmean, seed)) for seed in column]) for column in columns)]])
 
 
+def uniform_attention(tokens):
+    """Attention maps (N, N) that tell no token from another: the mask alone, nothing learned."""
+    full = torch.full((tokens, tokens), 1 / tokens)
+    lower = full.tril()
+    return {"no mask": full, "causal": lower / lower.sum(1, keepdim=True), "soft, alpha 0": lower}
+
+
 def uniform_table():
-    """How many singular values attention needs that tells no token from another."""
-    body = [["no mask"], ["causal, rows sum to 1"], ["`soft` at alpha 0, rows sum to less"]]
-    for tokens in (65, 197):
-        full = torch.full((tokens, tokens), 1 / tokens)
-        soft = full.tril()
-        for row, maps in zip(body, (full, soft / soft.sum(1, keepdim=True), soft)):
-            row += [str(singular_values_for(fraction, maps).item()) for fraction in (0.8, 0.9)]
-    return table("uniform attention | 65 tokens, 80 % | 90 % | 197 tokens, 80 % | 90 %", body)
+    maps = [(mask, attn, uniform_attention(197)[mask]) for mask, attn in uniform_attention(65).items()]
+    return table("uniform attention | 65 tokens, 80 % | 90 % | 197 tokens, 80 % | 90 %", [
+        [mask, *(str(singular_values_for(fraction, attn).item()) for attn in (small, large) for fraction in (0.8, 0.9))]
+        for mask, small, large in maps])
 
 
 def calibration_table():
@@ -131,7 +150,8 @@ def shape_table():
     body, conflicts = [], rows("shape-bias")[0]["conflicts"]
     for step in sorted(by_step("shape-bias"), key=list(VARIANTS).index):
         accuracy, bias, decided = (seeds_of("shape-bias", key, step) for key in ("test_acc1", "shape_bias", "decided"))
-        body.append([f"`{title_of(step)}`", accuracy, percent(bias), percent([conflicts - count for count in decided], conflicts)])
+        neither = [conflicts - count for count in decided]
+        body.append([f"`{title_of(step)}`", accuracy, percent(bias), percent(neither, conflicts)])
     return table("step | cues agree: top-1, % | cues conflict: shape bias, % | neither cue, %", body)
 
 
@@ -167,10 +187,10 @@ def reading_table():
 
 
 def runs_table():
-    last = {title: rows(name)[-1] for name, (title, _) in RUNS.items()}
+    last = [(title, rows(name)[-1]) for name, title in RUNS.items()]
     return table("run | parameters | epochs | minutes | top-1, %", [
         [title, f"{row['n_parameters']:,}", str(row["epoch"] + 1), f"{row['time_s'] / 60:.1f}", f"{row['test_acc1']:.1f}"]
-        for title, row in last.items()])
+        for title, row in last])
 
 
 def longer_table():
@@ -299,7 +319,7 @@ def mask_table():
 
 
 PARTS = dict(
-    code=code_table, ladder=ladder_table, results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
+    results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     anytime=anytime_table, reading=reading_table, runs=runs_table, longer=longer_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,

@@ -1,4 +1,4 @@
-"""The rows in results/, by what was run; which of their differences are more than noise; and how they are written.
+"""The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
 ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
 those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
@@ -12,7 +12,7 @@ epoch of each of the authors' logs whose weights are published.
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 
 from experiments.ladder import VARIANTS, flags_of
 from experiments.transfer import COMPARED
@@ -30,6 +30,7 @@ def rows(name):
 # By step and seed
 
 
+EPOCHS = 3                        # of the ladder that the pages show
 CHANGES = {step: parse(flags_of(step).split()) for step in VARIANTS}
 
 
@@ -57,14 +58,10 @@ def seeds_of(name, key, step):
 
 
 def climbed(key="test_acc1"):
-    """{step: values} of the longest runs that there are of every step, by the seeds that all steps have; and their
-    epochs."""
-    for last in sorted({row["epoch"] for row in rows("ladder")}, reverse=True):
-        found = by_step("ladder", key, epoch=last)
-        seeds = sorted(set.intersection(*(set(values) for values in found.values())))
-        if found.keys() >= VARIANTS.keys() and len(seeds) > 1:
-            return {step: [found[step][seed] for seed in seeds] for step in VARIANTS}, last + 1
-    raise ValueError("ladder.jsonl has no two seeds of every step: run python -m experiments.ladder")
+    """{step: a value for each seed that all steps have}"""
+    found = by_step("ladder", key, epoch=EPOCHS - 1)
+    seeds = sorted(set.intersection(*map(set, found.values())))
+    return {step: [found[step][seed] for seed in seeds] for step in VARIANTS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +103,7 @@ def significant(changes, error, degrees, level=0.05):
 def comparisons():
     """{step: its difference to the step that it is compared with}; which of them are significant; and which are if `vit`
     is left out of the comparisons and of the estimate of the noise."""
-    found, _ = climbed()
+    found = climbed()
     changes = {step: fmean(found[step]) - fmean(found[row.against]) for step, row in VARIANTS.items() if row.against}
     others = {step: values for step, values in found.items() if step != "vit"}
     among = {step: change for step, change in changes.items() if VARIANTS[step].against != "vit"}
@@ -117,15 +114,8 @@ def comparisons():
 # Other runs
 
 
-CIFAR = "python train.py --data cifar10"
-RUNS = {  # name: what it is, and the command that makes it again
-    "shapes-tiny": ("`shapes`, iLLaMA-T, patch 8", "torchrun train.py --size tiny"),
-    "cifar10-nano": ("CIFAR-10, 6 blocks 128 wide, patch 4",
-                     f"{CIFAR} --size nano --depth 6 --patch-size 4 --epochs 7 --batch-size 128 --lr 2e-3 "
-                     "--dtype bfloat16 --compile"),
-    "cifar10-tiny": ("CIFAR-10, iLLaMA-T, patch 8",
-                     f"{CIFAR} --size tiny --epochs 11 --batch-size 128 --lr 1e-3 --dtype bfloat16 --compile"),
-}
+RUNS = {"shapes-tiny": "`shapes`, iLLaMA-T, patch 8", "cifar10-nano": "CIFAR-10, 6 blocks 128 wide, patch 4",
+        "cifar10-tiny": "CIFAR-10, iLLaMA-T, patch 8"}
 READ = {  # name of the runs, less their seed: how they were trained
     "causal-3": "causal, whole images, 3 epochs", "prefixes-3": "causal, prefixes, 3 epochs",
     "bidirectional-3": "bidirectional, prefixes, 3 epochs", "prefixes-10": "causal, prefixes, 10 epochs"}
@@ -161,32 +151,3 @@ def measured(run):
     """The rows of one run of bench_model.py: {(model, dtype, compiled, img_size, batch_size): row}."""
     return {tuple(row[key] for key in ("model", "dtype", "compiled", "img_size", "batch_size")): row
             for row in rows(f"bench_model/{run}")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As text
-
-
-def plus_minus(values, digits=1):
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
-
-
-def percent(values, whole=1):
-    return [100 * value / whole for value in values]
-
-
-def cell(value):
-    """Text as it is; a number of each seed as mean ± standard deviation."""
-    return value if isinstance(value, str) else plus_minus(value)
-
-
-def table(head, body, left=1):
-    """A table in Markdown. `head` names its columns; all but the first `left` ones hold numbers."""
-    columns = head.split(" | ")
-    rule = ["---"] * left + ["--:"] * (len(columns) - left)
-    return "\n".join([f"| {head} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(map(cell, row))} |" for row in body)])
-
-
-def means(*columns, digits=1):
-    """The mean over seeds of each column."""
-    return " / ".join(f"{fmean(seeds):.{digits}f}" for seeds in columns)

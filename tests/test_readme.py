@@ -1,4 +1,5 @@
 """What the README and the pages in docs/ say is what the code and the results are."""
+import inspect
 import re
 import shlex
 import shutil
@@ -6,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import model
 import train
 from conftest import ROOT, SMALL
 from downstream import segment
-from experiments import figures, report
+from experiments import report
+from model import STEPS, VisionTransformer, config
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
@@ -18,11 +22,28 @@ for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", 
     COMMANDS = COMMANDS.replace(f"${name}", value)
 
 
-def test_tables_and_links_to_lines_are_made_from_the_code_and_the_results():
+def test_tables_are_made_from_the_results():
     for page, text in PAGES.items():
         assert report.written(text) == text, f"{page}: run python -m experiments.report"
     marks = re.findall(r"^<!-- (?!end)(\w+) -->$", "\n".join(PAGES.values()), re.M)
     assert sorted(marks) == sorted(report.PARTS)                             # each once
+
+
+def test_the_table_of_steps_links_to_the_code_and_has_the_parameters_of_each():
+    lines = re.findall(r"^\| `(\w+)` \|.*\| \[`(\w+)`\]\(model\.py#L(\d+)-L(\d+)\) \| ([\d,]+) \|$", PAGES["README.md"], re.M)
+    assert [step for step, *_ in lines] == list(STEPS)
+    for step, name, first, last, parameters in lines:
+        source, start = inspect.getsourcelines(getattr(model, name, None) or getattr(VisionTransformer, name))
+        with torch.device("meta"):
+            count = sum(p.numel() for p in VisionTransformer(config("tiny", step)).parameters())
+        assert (int(first), int(last), parameters) == (start, start + len(source) - 1, f"{count:,}"), step
+
+
+def test_the_table_of_files_has_the_lines_of_each():
+    lines = re.findall(r"^\| \[([\w/.]+)\]\(.*\| (\d*) \|$", PAGES["README.md"], re.M)
+    assert [name for name, _ in lines[:4]] == ["model.py", "train.py", "data.py", "eval.py"]
+    for name, count in lines:
+        assert (ROOT / name).is_dir() or int(count) == len((ROOT / name).read_text().splitlines()), name
 
 
 def test_the_output_that_the_quick_start_shows_is_what_its_commands_printed():
@@ -58,7 +79,8 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 def test_the_figures_that_the_pages_show_are_those_that_exist():
     shown = set(re.findall(r"assets/([\w.-]+)", "\n".join(PAGES.values())))
     assert shown == {path.name for path in (ROOT / "assets").iterdir()}
-    assert shown == {"blocks.svg", *(f"{name}.png" for name in figures.FIGURES)}
+    drawn = re.findall(r"^def draw_(\w+)", (ROOT / "experiments" / "figures.py").read_text(), re.M)
+    assert shown == {"blocks.svg", *(f"{name}.png" for name in drawn)}
 
 
 def test_code_fits_the_page():
