@@ -1,14 +1,12 @@
-"""How fast a training step and inference are, and how much memory they take, beside models of others.
+"""How fast a training step and inference are, and how much memory training takes, beside models of others.
 
     pip install --no-deps timm==0.5.4
     python -m benchmarks.bench_model --out out/training.jsonl
-    torchrun --nproc_per_node=2 -m benchmarks.bench_model ...              # gradients averaged over the ranks
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
 is the median of the turns. `peak` is the fraction of the peak matmul throughput, measured between them: 2
 (inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
-`saved_mb` is the activation memory (saved for backward), `peak_mb` the most that a step holds at once over
-weights and images, both in 10^6 bytes.
+`saved_mb` is the activation memory (saved for backward), in 10^6 bytes.
 """
 import argparse
 import importlib
@@ -23,7 +21,7 @@ import torchvision
 
 from experiments.anytime import medians_in_turns
 from experiments.properties import multiply_accumulates
-from harness.processes import is_rank_0, setup, shut_down, wrap
+from harness.processes import wrap
 from harness.run import Machine, append_row
 from model import VisionTransformer, config
 
@@ -60,15 +58,18 @@ MODELS = {  # name: how it is built, for an image size
 }
 
 
-def forward(model, images, labels, dtype, train):
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(train):
+def forward(model, images, labels, dtype):
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return F.cross_entropy(model(images), labels)
 
 
-def step(model, images, labels, dtype, train):
-    loss = forward(model, images, labels, dtype, train)
-    if train:
-        loss.backward()
+@torch.no_grad()
+def inference(model, *batch):
+    forward(model, *batch)
+
+
+def training_step(model, *batch):
+    forward(model, *batch).backward()
     model.zero_grad()
 
 
@@ -88,14 +89,6 @@ def saved_for_backward(model, *batch):
     return sum(saved.values())
 
 
-def most_held(model, *batch):
-    """Bytes that torch had allocated at once in a step, at most, over what it had before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(model, *batch)
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
-
-
 def matmul(a, b):
     for _ in range(4):
         a @ b
@@ -108,45 +101,40 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="and bfloat16, which a CPU may emulate")
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16], help="images a step on one rank")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inference", action="store_true", help="a forward pass, not a training step")
     parser.add_argument("--out", help="append the rows to this file as well")
     args = parser.parse_args()
 
-    _, world, *_ = setup("cpu")
-    train = not args.inference
     torch._dynamo.config.recompile_limit = 100             # all models share one forward's code, and stay compiled
     torch.manual_seed(0)
-    ways, memory, n = {}, {}, 2048
+    ways, rows, n = {}, {}, 2048
     for dtype in args.dtypes:
         ways[dtype] = partial(matmul, *torch.randn(2, n, n).to(getattr(torch, dtype)))
     for key in itertools.product(args.models, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
         name, dtype, compiled, img_size, batch_size = key
-        model = MODELS[name](img_size).train(train)
+        model = MODELS[name](img_size).train(not args.inference)
         machine = Machine(compile=bool(compiled), recompute="recompute" in name)
-        net = wrap(model, getattr(model, "blocks", []), machine, world)
-        batch = (torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)),
-                 getattr(torch, dtype), train)
+        net = wrap(model, getattr(model, "blocks", []), machine, world=1)
+        batch = torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)), getattr(torch, dtype)
+        ways[key] = partial(inference if args.inference else training_step, net, *batch)
+        rows[key] = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
+                         training=not args.inference)
         for _ in range(2):
-            step(net, *batch)
-        memory[key] = dict(saved_mb=round(saved_for_backward(model, *batch) / 1e6, 1)) if train else {}
-        memory[key] |= dict(peak_mb=round(most_held(model, *batch) / 1e6, 1))
-        ways[key] = partial(step, net, *batch)
-        print(f"ready: {name} {dtype} {'compiled' if compiled else 'eager'} {img_size} {batch_size}", file=sys.stderr)
+            ways[key]()
+        if not args.inference:
+            rows[key]["saved_mb"] = round(saved_for_backward(model, *batch) / 1e6, 1)
+        print(f"ready: {rows[key]}", file=sys.stderr)
 
     seconds = medians_in_turns(ways, args.repeats)
-    for key in memory:
-        name, dtype, compiled, img_size, batch_size = key
-        rate, peak = world * batch_size / seconds[key], world * 4 * 2 * n ** 3 / seconds[dtype]
-        size = "base" if name.endswith("base") else "tiny"
-        work = (6 if train else 2) * multiply_accumulates(config(size, img_size=img_size))["published"]
-        row = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
-                   ranks=world, training=train, images_per_s=round(rate, 3), peak=round(rate * work / peak, 3),
-                   matmul_gflops=round(peak / 1e9), **memory[key])
-        if is_rank_0():
-            append_row(row, args.out)
-    shut_down()
+    for key, row in rows.items():
+        name, dtype, _, img_size, batch_size = key
+        cfg = config("base" if name.endswith("base") else "tiny", img_size=img_size)
+        work = (2 if args.inference else 6) * multiply_accumulates(cfg)["published"]
+        rate, peak = batch_size / seconds[key], 4 * 2 * n ** 3 / seconds[dtype]
+        append_row(row | dict(images_per_s=round(rate, 3), peak=round(rate * work / peak, 3),
+                              matmul_gflops=round(peak / 1e9)), args.out)
 
 
 if __name__ == "__main__":

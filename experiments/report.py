@@ -71,43 +71,38 @@ def paper_table():
     top1, train, test = (climbed(key) for key in ("test_acc1", "train_loss", "test_loss"))
     with torch.device("meta"):
         models = [VisionTransformer(config(size)) for size in ("tiny", "small", "base", "large")]
-    parameters = " / ".join(f"{sum(p.numel() for p in each.parameters()) / 1e6:.1f}" for each in models)
-    macs = " / ".join(f"{multiply_accumulates(each.cfg)['published'] / 1e9:.1f}" for each in models)
+    parameters = [[sum(p.numel() for p in each.parameters()) / 1e6] for each in models]
+    macs = [[multiply_accumulates(each.cfg)["published"] / 1e9] for each in models]
     bits = [seeds_of("properties", key, "soft_mask") for key in ("test_acc1", "int8_acc1")]
     ece = [seeds_of("properties", "ece", step) for step in MODELS]
     shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
+    rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
     cifar10 = [transferred("fine-tuning", step, 100) for step in TRANSFERRED]
     miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
     starts = [[epochs[-1] for epochs in selected(start)] for start in ("uniform", "random")]
-    rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
-    sizes = ["iLLaMA-T", "iLLaMA-S", "iLLaMA-B", "iLLaMA-L, IN-21K"]
-    lines = [  # where in the paper; what; the column there, its rows, digits; ours
-        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny",
-         ["no soft mask", "linear 50", "constant 50"], 1,
-         means(top1["abs_pos"], top1["soft_mask"], top1["soft_constant"])),
-        ("Table 4", "training loss without / with soft mask, T", "tiny_train", ["no soft mask", "soft mask"], 3,
-         means(train["abs_pos"], train["soft_mask"], digits=3)),
-        ("Table 4", "test loss, T", "tiny_test", ["no soft mask", "soft mask"], 3,
-         means(test["abs_pos"], test["soft_mask"], digits=3)),
-        ("Table 6", "parameters in millions, T / S / B / L", "params_m", sizes, 1, parameters),
-        ("Table 6", "multiply-accumulates in G, T / S / B / L", "gmacs", sizes, 1, macs),
-        ("Table 7", "top-1 with 32 / 8 bits, T", "tiny", ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], 1, means(*bits)),
-        ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece",
-         ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"], 4, means(*ece, digits=4)),
-        ("Table 8", "shape decisions, %, of the same models", "shape", ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"], 2,
-         means(*shape)),
+    sizes, others = ["iLLaMA-T", "iLLaMA-S", "iLLaMA-B", "iLLaMA-L, IN-21K"], ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"]
+    lines = [  # where in the paper; what; the column there, its rows; ours, with how many digits
+        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny", ["no soft mask", "linear 50", "constant 50"],
+         [top1["abs_pos"], top1["soft_mask"], top1["soft_constant"]], 1),
+        ("Table 4", "training loss without / with soft mask, T", "tiny_train", ["no soft mask", "soft mask"],
+         [train["abs_pos"], train["soft_mask"]], 3),
+        ("Table 4", "test loss, T", "tiny_test", ["no soft mask", "soft mask"], [test["abs_pos"], test["soft_mask"]], 3),
+        ("Table 6", "parameters in millions, T / S / B / L", "params_m", sizes, parameters, 1),
+        ("Table 6", "multiply-accumulates in G, T / S / B / L", "gmacs", sizes, macs, 1),
+        ("Table 7", "top-1 with 32 / 8 bits, T", "tiny", ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], bits, 1),
+        ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece", others, ece, 4),
+        ("Table 8", "shape decisions, %, of the same models", "shape", others, shape, 1),
         ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here ViT / iLLaMA, five classes",
-         "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], 1, means(*cifar10)),
-        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"], 1,
-         means(*miou)),
+         "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], cifar10, 1),
+        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"], miou, 1),
         ("Table 18", "top-1 from LLaMA-2 weights / random weights, T; here from a larger iLLaMA's, 3 epochs", "tiny",
-         ["LLaMA2-7B, weight selection", "random weights"], 1, means(*starts)),
+         ["LLaMA2-7B, weight selection", "random weights"], starts, 1),
         ("Figure 4", "singular values for 80 % in layer 1: head 1 of ViT-T / iLLaMA-T, of 197; here all heads, of 65",
-         "rank_80", ["ViT-T", "iLLaMA-T"], 0, means(*rank))]
+         "rank_80", ["ViT-T", "iLLaMA-T"], rank, 1)]
     theirs = {(row["source"], row["row"]): row for row in PUBLISHED}
     return table("paper | what | published | here", [
-        [source, what, " / ".join(f"{theirs[source, name][key]:.{digits}f}" for name in names), here]
-        for source, what, key, names, digits, here in lines], left=2)
+        [source, what, " / ".join(str(theirs[source, name][key]) for name in names), means(*ours, digits=digits)]
+        for source, what, key, names, ours, digits in lines], left=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +243,10 @@ def title(name):
     return NAMES.get(name, f"iLLaMA-T, mask `{name}`")
 
 
+def tokens(img_size):
+    return f"{config('tiny', img_size=img_size).tokens:,}"
+
+
 def ratios(heading, run, names, batch_size):
     """A table of images/s: that of the first of the names, and the others' as multiples of it."""
     found = measured(run)
@@ -285,13 +284,9 @@ def growth_table():
     body = []
     for img_size in (224, 384, 512):
         found = [measured("tokens")[name, "float32", True, img_size, 4] for name in ("soft", "causal", "timm vit")]
-        body.append([f"{(img_size // 16) ** 2 + 1} tokens ({img_size} pixels), batch 4",
-                     *(f"{row['images_per_s']:.1f}" for row in found), *(f"{row['saved_mb'] / 4:.0f} MB" for row in found)])
-    for row in rows("bench_model/batch") + rows("bench_model/ranks"):
-        batch = row["batch_size"] if row["ranks"] == 1 else f"{row['ranks']} x {row['batch_size']} on 2 ranks, a core each"
-        body.append([f"197 tokens, batch {batch} ¹", f"{row['images_per_s']:.1f}", "", "",
-                     f"{row['saved_mb'] / row['batch_size']:.0f} MB", "", ""])
-    return table("iLLaMA-T, training, float32, compiled | images/s, mask `soft` | `causal` | timm's ViT-T "
+        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *(f"{row['images_per_s']:.1f}" for row in found),
+                     *(f"{row['saved_mb'] / 4:.0f} MB" for row in found)])
+    return table("iLLaMA-T, training, float32, compiled, batch 4 | images/s, mask `soft` | `causal` | timm's ViT-T "
                  "| activation memory per image, `soft` | `causal` | timm's", body)
 
 
@@ -312,7 +307,7 @@ def mask_table():
         for training in (True, False):
             full, causal = (found[name, training]["images_per_s"] for name in ("bidirectional", "causal"))
             cells += [f"{full:.2f} images/s", f"{causal / full:.2f} x"]
-        body.append([f"{(img_size // 16) ** 2 + 1:,} tokens ({img_size} pixels)", *cells,
+        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *cells,
                      f"{found['causal', True]['saved_mb']:,.0f} MB"])
     return table("size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional "
                  "| `causal` | activation memory of `causal`", body)
