@@ -47,21 +47,27 @@ STYLE = {
 }
 
 
+def bare(ax):
+    """Without lines and ticks."""
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.grid(False)
+
+
 def show(ax, image, **kwargs):
     """An image without axes."""
     ax.imshow(image, interpolation="nearest", **kwargs)
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
+    bare(ax)
 
 
-MASKS = (  # mask, whether the class token is last, alpha, what it comes to
-    ("none", False, None, "bidirectional:\nevery token attends to all"),
-    ("causal", False, None, "COLLAPSE: the class token\nattends to itself alone"),
-    ("causal", True, None, "post-sequence class token:\nit attends to all"),
-    ("modified", False, None, "causal for the patches,\nthe class token attends to all"),
-    ("soft", True, 0.5, "later tokens' weights × 0.5:\npatches' rows sum to less than 1"),
-    ("soft", True, 0.0, "later tokens' weights × 0:\npatches' rows sum to less than 1"),
+MASKS = (  # mask, whether the class token is last, alpha, title, what it comes to
+    ("none", False, None, "none, class token first", "bidirectional:\nevery token attends to all"),
+    ("causal", False, None, "causal, class token first", "COLLAPSE: the class token\nattends to itself alone"),
+    ("causal", True, None, "causal, class token last", "post-sequence class token:\nit attends to all"),
+    ("modified", False, None, "modified, class token first", "causal for the patches,\nthe class token attends to all"),
+    ("soft", True, 0.5, "soft, alpha 0.5", "later tokens' weights × 0.5:\npatches' rows sum to less than 1"),
+    ("soft", True, 0.0, "soft, alpha 0", "later tokens' weights × 0:\npatches' rows sum to less than 1"),
 )
 
 
@@ -80,7 +86,7 @@ def draw_masks():
     """What each mask leaves of attention, row by row."""
     fig, axes = plt.subplots(2, 3, figsize=(8, 6.3))
     colours = LinearSegmentedColormap.from_list("", [BLUE + "00", BLUE])         # from transparent to blue
-    for ax, (mask, cls_last, alpha, caption) in zip(axes.flat, MASKS):
+    for ax, (mask, cls_last, alpha, title, caption) in zip(axes.flat, MASKS):
         attn = equal_attention(mask, cls_last, alpha)
         N = len(attn)
         cls = N - 1 if cls_last else 0
@@ -88,22 +94,19 @@ def draw_masks():
         names.insert(cls, "cls")
         ax.pcolormesh(attn, cmap=colours, norm=LogNorm(0.02, 1), edgecolors=FAINT, linewidth=0.6)    # 0 stays empty
         ax.add_patch(Rectangle((0, cls), N, 1, fill=False, edgecolor=ORANGE, linewidth=2.2, clip_on=False, zorder=3))
-        ax.set(xlim=(0, N), ylim=(N, 0), aspect="equal")
-        place = "last" if cls_last else "first"
-        ax.set_title(f"{mask}, class token {place}" if alpha is None else f"{mask}, alpha {alpha:g}", pad=8)
-        ax.set_xlabel(caption)
+        ax.set(xlim=(0, N), ylim=(N, 0), aspect="equal", xlabel=caption)
+        ax.set_title(title, pad=8)
         if "COLLAPSE" in caption:
             ax.xaxis.label.set(color=ORANGE, weight="bold")
         ax.set_xticks(np.arange(N) + 0.5, names)
         ax.set_yticks(np.arange(N) + 0.5, names)
         ax.get_yticklabels()[cls].set(color=ORANGE, weight="bold")
-        ax.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
-        ax.spines[:].set_visible(False)
-        ax.grid(False)
+        ax.tick_params(pad=2, labeltop=True, labelbottom=False)
+        bare(ax)
         if alpha is not None:
-            ax.text(N + 0.2, -0.5, "sum", fontsize=8.5, va="center")
             for row, total in enumerate(attn.sum(1)):
                 ax.text(N + 0.2, row + 0.5, f"{total:.2f}", fontsize=8.5, va="center")
+            ax.text(N + 0.2, -0.5, "sum", fontsize=8.5, va="center")
     fig.supxlabel("attention weights where all scores are equal; row: query, column: key; outlined: the class token's "
                   "row; empty: 0", fontsize=8.5)
     return fig
@@ -285,8 +288,8 @@ def draw_attention(runs, data):
 
 
 FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
-               properties=draw_properties, anytime=draw_anytime, where=draw_where,
-               leak=draw_leak, attention=draw_attention)
+               properties=draw_properties, anytime=draw_anytime, where=draw_where, leak=draw_leak,
+               attention=draw_attention)
 
 
 def main():
