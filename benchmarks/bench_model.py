@@ -117,7 +117,8 @@ def main():
         model = MODELS[name](img_size).train(not args.inference)
         machine = Machine(compile=bool(compiled), recompute="recompute" in name)
         net = wrap(model, getattr(model, "blocks", []), machine, world=1)
-        batch = torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,)), getattr(torch, dtype)
+        images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,))
+        batch = images, labels, getattr(torch, dtype)
         ways[key] = partial(inference if args.inference else training_step, net, *batch)
         rows[key] = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
                          training=not args.inference)

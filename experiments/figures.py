@@ -304,8 +304,10 @@ def main():
             fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
             path = ASSETS / f"{name}.png"
             fig.savefig(path)
+            image = Image.open(path)
             if name not in ("masks", "shapes", "conflict"):                      # whose gradients need more colours
-                Image.open(path).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
+                image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            image.save(path, optimize=True)
             print(f"{name}: drawn")
 
 

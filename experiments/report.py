@@ -11,7 +11,7 @@ import torch
 from experiments.ladder import PUBLISHED, VARIANTS, title_of
 from experiments.properties import multiply_accumulates, singular_values_for
 from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed,
-                                 comparisons, measured, read_by, rows, seeds_of, segmented, selected, transferred)
+                                 comparisons, matching, read_by, rows, seeds_of, segmented)
 from experiments.transfer import PERCENT
 from model import VisionTransformer, config
 
@@ -56,8 +56,8 @@ def results_table():
         body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", found[step], change,
                      f"{fmean(losses[step]):.3f}",
                      *("" if value is None else f"{value:.{digits}f}" for value, digits in published)])
-    return table("`--step` | what it changes | against | top-1, % | difference | train loss | paper ¹, T: top-1 | train loss "
-                 "| B: top-1 | train loss", body, left=3)
+    return table("`--step` | what it changes | against | top-1, % | difference | train loss | paper ¹, T: top-1 "
+                 "| train loss | B: top-1 | train loss", body, left=3)
 
 
 def published_table():
@@ -77,16 +77,17 @@ def paper_table():
     ece = [seeds_of("properties", "ece", step) for step in MODELS]
     shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
     rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
-    cifar10 = [transferred("fine-tuning", step, 100) for step in TRANSFERRED]
+    cifar10 = [seeds_of("transfer", "test_acc1", step, start="fine-tuning", percent=100) for step in TRANSFERRED]
     miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
-    starts = [[epochs[-1] for epochs in selected(start)] for start in ("uniform", "random")]
+    starts = [seeds_of("select", "test_acc1", "soft_mask", start=start) for start in ("uniform", "random")]
+    masks, schedules = ["no soft mask", "soft mask"], ["no soft mask", "linear 50", "constant 50"]
     sizes, others = ["iLLaMA-T", "iLLaMA-S", "iLLaMA-B", "iLLaMA-L, IN-21K"], ["ConvNeXt-B", "DeiT3-B", "iLLaMA-B"]
     lines = [  # where in the paper; what; the column there, its rows; ours, with how many digits
-        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny", ["no soft mask", "linear 50", "constant 50"],
+        ("Table 3", "top-1 without soft mask / linear / constant, T", "tiny", schedules,
          [top1["abs_pos"], top1["soft_mask"], top1["soft_constant"]], 1),
-        ("Table 4", "training loss without / with soft mask, T", "tiny_train", ["no soft mask", "soft mask"],
+        ("Table 4", "training loss without / with soft mask, T", "tiny_train", masks,
          [train["abs_pos"], train["soft_mask"]], 3),
-        ("Table 4", "test loss, T", "tiny_test", ["no soft mask", "soft mask"], [test["abs_pos"], test["soft_mask"]], 3),
+        ("Table 4", "test loss, T", "tiny_test", masks, [test["abs_pos"], test["soft_mask"]], 3),
         ("Table 6", "parameters in millions, T / S / B / L", "params_m", sizes, parameters, 1),
         ("Table 6", "multiply-accumulates in G, T / S / B / L", "gmacs", sizes, macs, 1),
         ("Table 7", "top-1 with 32 / 8 bits, T", "tiny", ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], bits, 1),
@@ -94,7 +95,8 @@ def paper_table():
         ("Table 8", "shape decisions, %, of the same models", "shape", others, shape, 1),
         ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here ViT / iLLaMA, five classes",
          "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], cifar10, 1),
-        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"], miou, 1),
+        ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"],
+         miou, 1),
         ("Table 18", "top-1 from LLaMA-2 weights / random weights, T; here from a larger iLLaMA's, 3 epochs", "tiny",
          ["LLaMA2-7B, weight selection", "random weights"], starts, 1),
         ("Figure 4", "singular values for 80 % in layer 1: head 1 of ViT-T / iLLaMA-T, of 197; here all heads, of 65",
@@ -173,8 +175,8 @@ def reading_table():
         body.append([f"{row['img_size']} pixels", str(row["rows"]), f"{macs['reader'] / 1e9:.2f} G",
                      f"{macs['again'] / 1e9:.2f} G", f"{macs['again'] / macs['reader']:.1f} x", f"{time['reader']:.2f}",
                      f"{time['again']:.2f}", f"{time['again'] / time['reader']:.1f} x", f"{time['once']:.2f}"])
-    return table("size T, an answer after each row | rows | work: cached | read again | ratio | seconds: cached | read again "
-                 "| ratio | one forward pass", body)
+    return table("size T, an answer after each row | rows | work: cached | read again | ratio | seconds: cached "
+                 "| read again | ratio | one forward pass", body)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,10 +184,12 @@ def reading_table():
 
 
 def runs_table():
-    last = [(title, rows(name)[-1]) for name, title in RUNS.items()]
-    return table("run | parameters | epochs | minutes | top-1, %", [
-        [title, f"{row['n_parameters']:,}", str(row["epoch"] + 1), f"{row['time_s'] / 60:.1f}", f"{row['test_acc1']:.1f}"]
-        for title, row in last])
+    body = []
+    for name, title in RUNS.items():
+        last = rows(name)[-1]
+        body.append([title, f"{last['n_parameters']:,}", str(last["epoch"] + 1), f"{last['time_s'] / 60:.1f}",
+                     f"{last['test_acc1']:.1f}"])
+    return table("run | parameters | epochs | minutes | top-1, %", body)
 
 
 def longer_table():
@@ -195,7 +199,8 @@ def longer_table():
 
 
 def segment_table():
-    return table("CamVid, validation, % | from scratch: mIoU | pixel accuracy | from CIFAR-10 weights: mIoU | pixel accuracy", [
+    return table("CamVid, validation, % | from scratch: mIoU | pixel accuracy | from CIFAR-10 weights: mIoU "
+                 "| pixel accuracy", [
         [title, *([row[key] for row in segmented("segment", step, pretrained)]
                   for pretrained in (False, True) for key in ("test_miou", "test_pixel_acc"))]
         for step, title in SEGMENTED.items()])
@@ -215,20 +220,22 @@ def classes_table():
 def camvid_table():
     views = {"single scale": rows("camvid")[-1], "six scales, flips": rows("camvid-multi-scale")[0]}
     return table(f"IoU, % | mean | {CAMVID}", [
-        [name, f"**{row['test_miou']:.1f}**", *(f"{iou:.0f}" for iou in row["test_iou"])] for name, row in views.items()])
+        [name, f"**{row['test_miou']:.1f}**", *(f"{iou:.0f}" for iou in row["test_iou"])]
+        for name, row in views.items()])
 
 
 def transfer_table():
     images = " | ".join(f"{250 * part:,}" for part in PERCENT)                                 # of 25,000
     return table(f"top-1, %, by labelled images | {images}", [
-        [f"{title}, {what}", *(transferred(start, step, part) for part in PERCENT)]
+        [f"{title}, {what}", *(seeds_of("transfer", "test_acc1", step, start=start, percent=part) for part in PERCENT)]
         for step, title in TRANSFERRED.items() for start, what in STARTS.items()])
 
 
 def select_table():
     starts = {"random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`"}
     return table("start: top-1, % | epoch 1 | epoch 2 | epoch 3",
-                 [[what, *zip(*selected(start))] for start, what in starts.items()])
+                 [[what, *zip(*(row["acc1_by_epoch"] for row in matching("select", start=start)))]
+                  for start, what in starts.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,34 +254,37 @@ def tokens(img_size):
     return f"{config('tiny', img_size=img_size).tokens:,}"
 
 
-def ratios(heading, run, names, batch_size):
+def speed(run, name, **fields):
+    """Images/s of a model in a run of bench_model.py at 224 pixels."""
+    return matching(f"bench_model/{run}", model=name, img_size=224, **fields)[0]["images_per_s"]
+
+
+def ratios(heading, run, names, dtypes=("float32",)):
     """A table of images/s: that of the first of the names, and the others' as multiples of it."""
-    found = measured(run)
-    columns = list(dict.fromkeys((dtype, compiled) for _, dtype, compiled, _, _ in found))
-    body = []
-    for name in names:
-        cells = []
-        for column in columns:
-            rate, peer = (found[each, *column, 224, batch_size]["images_per_s"] for each in (name, names[0]))
-            cells.append(f"{rate:.1f} images/s" if name == names[0] else f"{rate / peer:.2f} x")
-        body.append([title(name), *cells])
-    titles = " | ".join(f"{dtype}, {'compiled' if compiled else 'eager'}" for dtype, compiled in columns)
+    columns = [dict(dtype=dtype, compiled=compiled) for dtype in dtypes for compiled in (False, True)]
+    first = [speed(run, names[0], **column) for column in columns]
+    body = [[title(names[0]), *(f"{rate:.1f} images/s" for rate in first)]]
+    for name in names[1:]:
+        rates = [speed(run, name, **column) for column in columns]
+        body.append([title(name), *(f"{rate / peer:.2f} x" for rate, peer in zip(rates, first))])
+    titles = " | ".join(f"{dtype}, {way}" for dtype in dtypes for way in ("eager", "compiled"))
     return table(f"{heading} | {titles}", body)
 
 
 def speed_table():
     tiny = ["timm vit", "vit", "causal", "soft", "soft_log"]
     return "\n\n".join([
-        ratios("training step, 224 pixels, batch 16", "training", [*tiny, "soft recompute"], 16),
-        ratios("inference, 224 pixels, batch 16", "inference", tiny, 16),
-        ratios("training step, 224 pixels, batch 4", "base", ["torchvision base", "soft base"], 4)])
+        ratios("training step, 224 pixels, batch 16", "training", [*tiny, "soft recompute"]),
+        ratios("inference, 224 pixels, batch 16", "inference", tiny),
+        ratios("training step, 224 pixels, batch 4", "base", ["torchvision base", "soft base"],
+               ["float32", "bfloat16"])])
 
 
 def memory_table():
     body = []
     for name in ("timm vit", "vit", "causal", "soft_log", "soft", "soft recompute"):
-        saved = [measured(run)[name, "float32", compiled, *inputs]["saved_mb"]
-                 for run, inputs in (("training", (224, 16)), ("training-384", (384, 8))) for compiled in (False, True)]
+        saved = [matching(f"bench_model/{run}", model=name, compiled=compiled)[0]["saved_mb"]
+                 for run in ("training", "training-384") for compiled in (False, True)]
         body.append([title(name), *(f"{mb:,.0f} MB" for mb in saved)])
     return table("activation memory (saved for backward), float32 | 224 pixels, batch 16, eager | compiled "
                  "| 384 pixels, batch 8, eager | compiled", body)
@@ -283,7 +293,8 @@ def memory_table():
 def growth_table():
     body = []
     for img_size in (224, 384, 512):
-        found = [measured("tokens")[name, "float32", True, img_size, 4] for name in ("soft", "causal", "timm vit")]
+        found = [matching("bench_model/tokens", model=name, img_size=img_size)[0]
+                 for name in ("soft", "causal", "timm vit")]
         body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *(f"{row['images_per_s']:.1f}" for row in found),
                      *(f"{row['saved_mb'] / 4:.0f} MB" for row in found)])
     return table("iLLaMA-T, training, float32, compiled, batch 4 | images/s, mask `soft` | `causal` | timm's ViT-T "
@@ -302,13 +313,13 @@ def macs_table():
 def mask_table():
     body = []
     for img_size in (224, 512, 1024):
-        found = {(row["model"], row["training"]): row for row in rows("bench_model/mask") if row["img_size"] == img_size}
         cells = []
         for training in (True, False):
-            full, causal = (found[name, training]["images_per_s"] for name in ("bidirectional", "causal"))
-            cells += [f"{full:.2f} images/s", f"{causal / full:.2f} x"]
-        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *cells,
-                     f"{found['causal', True]['saved_mb']:,.0f} MB"])
+            full, causal = (matching("bench_model/mask", model=name, img_size=img_size, training=training)[0]
+                            for name in ("bidirectional", "causal"))
+            cells += [f"{full['images_per_s']:.2f} images/s", f"{causal['images_per_s'] / full['images_per_s']:.2f} x"]
+        saved = matching("bench_model/mask", model="causal", img_size=img_size, training=True)[0]["saved_mb"]
+        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *cells, f"{saved:,.0f} MB"])
     return table("size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional "
                  "| `causal` | activation memory of `causal`", body)
 

@@ -1,13 +1,13 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
-ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl and shape-bias.jsonl
-those of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py,
-leak.jsonl those of its `--measure leak`; cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run
-of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl,
-transfer.jsonl and select.jsonl rows of the programs of these names there. Other NAME.jsonl are the metrics.jsonl of the
-run NAME as it was left; demo.jsonl the two runs of the README's quick start; bench_* rows of the programs in
-benchmarks/. published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best
-epoch of each of the authors' logs whose weights are published.
+ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those
+of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py;
+cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run of train.py and
+downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl and
+select.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was left;
+demo.jsonl the two runs of the README's quick start; bench_* rows of the programs in benchmarks/. published-tables.jsonl
+holds figures of the paper, each with its table or figure, published.jsonl the best epoch of each of the authors' logs
+whose weights are published.
 """
 import json
 import math
@@ -24,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def rows(name):
     return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def matching(name, **fields):
+    """The rows that have these fields."""
+    return [row for row in rows(name) if all(row.get(field) == value for field, value in fields.items())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,14 +52,14 @@ def step_of(row):
 def by_step(name, key="test_acc1", **fields):
     """{step: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
     found = {}
-    for row in rows(name):
-        if all(row[field] == value for field, value in fields.items()):
-            found.setdefault(step_of(row), {})[row["seed"]] = row[key]
+    for row in matching(name, **fields):
+        found.setdefault(step_of(row), {})[row["seed"]] = row[key]
     return found
 
 
-def seeds_of(name, key, step):
-    return list(by_step(name, key)[step].values())
+def seeds_of(name, key, step, **fields):
+    """What each seed has, in the order of seeds."""
+    return [value for _, value in sorted(by_step(name, key, **fields)[step].items())]
 
 
 def climbed(key="test_acc1"):
@@ -101,8 +106,8 @@ def significant(changes, error, degrees, level=0.05):
 
 
 def comparisons():
-    """{step: its difference to the step that it is compared with}; which of them are significant; and which are if `vit`
-    is left out of the comparisons and of the estimate of the noise."""
+    """{step: its difference to the step that it is compared with}; which of them are significant; and which are if
+    `vit` is left out of the comparisons and of the estimate of the noise."""
     found = climbed()
     changes = {step: fmean(found[step]) - fmean(found[row.against]) for step, row in VARIANTS.items() if row.against}
     others = {step: values for step, values in found.items() if step != "vit"}
@@ -131,23 +136,5 @@ def read_by(name, key):
 
 
 def segmented(name, step, pretrained):
-    """The rows of downstream.segment or experiments.where at a step, a seed each, from CIFAR-10's weights or without."""
-    return [row for row in rows(name) if row["step"] == step and bool(row["init_from"]) == pretrained]
-
-
-def transferred(start, step, percent):
-    """Top-1 of each seed's run of experiments.transfer."""
-    found = {row["seed"]: row["test_acc1"] for row in rows("transfer")
-             if (row["start"], row["step"], row.get("percent")) == (start, step, percent)}
-    return [found[seed] for seed in sorted(found)]
-
-
-def selected(start):
-    """Top-1 after each epoch, of each seed's run of experiments.select."""
-    return [row["acc1_by_epoch"] for row in sorted(rows("select"), key=lambda row: row["seed"]) if row["start"] == start]
-
-
-def measured(run):
-    """The rows of one run of bench_model.py: {(model, dtype, compiled, img_size, batch_size): row}."""
-    return {tuple(row[key] for key in ("model", "dtype", "compiled", "img_size", "batch_size")): row
-            for row in rows(f"bench_model/{run}")}
+    """The rows of downstream.segment or experiments.where, a seed each, from CIFAR-10's weights or without."""
+    return [row for row in matching(name, step=step) if bool(row["init_from"]) == pretrained]
