@@ -10,11 +10,8 @@ The ground is transparent and the colours read on white and in GitHub's dark mod
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
-from matplotlib.patches import Rectangle
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -24,9 +21,16 @@ from experiments.properties import class_token_attention, open_conflict, singula
 from experiments.report import uniform_attention
 from experiments.results import EPOCHS, READ, SEGMENTED, by_step, climbed, read_by, seeds_of, segmented
 from harness.checkpoint import build, open_checkpoint
-from harness.flags import Parser, report_errors
+from harness.flags import Parser, report_errors, require
 from model import STEPS, Config, VisionTransformer
 from synthetic.shapes import Shapes
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.patches import Rectangle
+except ImportError:
+    plt = None
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -299,6 +303,7 @@ def main():
     parser.add_argument("--data", default="cifar10", help="attention: the validation images, as in train.py")
     with report_errors():
         args = parser.parse_args()
+        require(plt, "the figures need matplotlib: pip install matplotlib")
         plt.rcParams.update(STYLE)
         for name in args.names or FIGURES:
             fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
