@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from benchmarks.bench_model import peer
+from benchmarks.bench_model import medians_in_turns, peer
 from data import MEAN, STD, Images, train_transform
-from experiments.anytime import medians_in_turns
 from harness.files import open_folder
 from harness.run import append_row
 

@@ -11,7 +11,9 @@ is the median of the turns. `peak` is the fraction of the peak matmul throughput
 import argparse
 import importlib
 import itertools
+import statistics
 import sys
+import time
 import warnings
 from functools import partial
 
@@ -19,11 +21,21 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from experiments.anytime import medians_in_turns
 from experiments.properties import multiply_accumulates
 from harness.processes import wrap
 from harness.run import Machine, append_row
 from model import VisionTransformer, config
+
+
+def medians_in_turns(ways, repeats, warm_up=0):
+    """{name: median seconds} of functions that take turns, so that a slow minute of the machine hits all of them."""
+    seconds = {name: [] for name in ways}
+    for repeat in range(warm_up + repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
 def peer(module):

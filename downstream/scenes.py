@@ -31,7 +31,7 @@ def open_scenes(data, split, short_side):
 
 
 class AnnotatedFolder(Dataset):
-    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png. Classes are the lines of classes.txt, or ADE20K's list."""
+    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png. Classes are the lines of classes.txt."""
     def __init__(self, root, split):
         require(root.is_dir(), f"--data {root} is neither scenes nor a folder: check the path")
         self.images, self.annotations = root / "images" / split, root / "annotations" / split
@@ -66,19 +66,15 @@ def read_scene(path):
 
 
 def read_classes(root):
-    """The names of the classes 1, 2, ...: of classes.txt, or of ADE20K's list, in the last column below a title."""
+    """The names of the classes 1, 2, ...: the lines of classes.txt."""
     file = root / "classes.txt"
-    if not file.is_file() and (root / "objectInfo150.txt").is_file():
-        file = root / "objectInfo150.txt"
     require(file.is_file(), f"{file} is missing: write the names of the classes into it, a line for each, in the order "
             "of their numbers in the annotations, from 1 on")
     try:
         lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not text in UTF-8 ({error}): save it as that") from error
-    classes = [line.split("\t")[-1].strip() for line in lines if line.strip()]
-    if file.name == "objectInfo150.txt":
-        classes = classes[1:]
+    classes = [line.strip() for line in lines if line.strip()]
     require(2 <= len(classes) <= 255, f"{file} names {len(classes)} classes; it must be 2 to 255, one per line")
     return classes
 

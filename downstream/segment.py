@@ -136,11 +136,6 @@ def resolve(given, checkpoint):
     return run, recipe
 
 
-def check_micro_batch(recipe, micro_batch, sync_norms):
-    require(recipe.head != "upernet" or micro_batch > 1 or sync_norms, "--head upernet normalizes over the "
-            "micro-batch, which has 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
-
-
 def choose_backbone(run, recipe, given, checkpoint, classes):
     """(Run, Recipe, Config, checkpoint to start from or None). The backbone is that of the run to resume, that of
     --init-from, or what the flags say. InputError if flags contradict the weights."""
@@ -157,17 +152,6 @@ def choose_backbone(run, recipe, given, checkpoint, classes):
                 f"of --init-from {run.init_from}, with {flag(name, known[name])}: drop the flag, or --init-from")
     run, recipe = replace(run, size=known["size"], step=known["step"]), replace(recipe, patch_size=known["patch_size"])
     return run, recipe, checked_config(Config, **source["config"] | crops), source
-
-
-def make_model(run, recipe, cfg, checkpoint, source, classes):
-    """(Segmenter, sentences about the weights that it starts from): the run's as it was saved, or a new one."""
-    torch.manual_seed(seed_of("weights", run.seed))
-    model, notes = Segmenter(cfg, recipe.head), []
-    if source:
-        notes = load_parts(model, source, recipe.head, classes)
-    if checkpoint:
-        load_strictly(model, checkpoint["model"])
-    return model, notes
 
 
 def load_parts(model, source, head, classes):
@@ -210,21 +194,6 @@ def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
 # Training
 
 
-def metrics_row(run, recipe, cfg, state, n_losses, result, n_parameters):
-    """A line of metrics.jsonl; state.loss_sum has `n_losses` of an iteration."""
-    return dict(
-        step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
-        init_from=run.init_from, iteration=state.iteration,
-        train_loss=state.loss_sum / (recipe.eval_every * n_losses), **result, n_parameters=n_parameters,
-        unreadable=state.unreadable)
-
-
-def print_row(row):
-    print_rank0(f"iteration {row['iteration']}  train loss {row['train_loss']:.4f}  mIoU {row['test_miou']:.2f} %  "
-                f"pixel accuracy {row['test_pixel_acc']:.2f} %  {row['time_images_per_s']:,.0f} images/s  "
-                f"{row['time_s']:,.0f} s")
-
-
 def train(argv):
     started = time.perf_counter()
     given = parse(argv)
@@ -238,7 +207,8 @@ def train(argv):
     # Data
     micro_batch, accumulate = split_batch(recipe, world, "micro_batch" in given)
     sync_norms = world > 1 and device.type == "cuda"     # on a CPU each rank normalizes its own crops
-    check_micro_batch(recipe, micro_batch, sync_norms)
+    require(recipe.head != "upernet" or micro_batch > 1 or sync_norms, "--head upernet normalizes over the micro-batch, "
+            "which has 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
     train, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
     run, recipe, cfg, source = choose_backbone(run, recipe, given, checkpoint, len(train.classes))
     check_data(run, recipe, cfg, state, train, val, checkpoint)
@@ -249,7 +219,12 @@ def train(argv):
     val_loader = validation(val, rank, world, machine.workers, device)
 
     # Model and optimizer
-    model, notes = make_model(run, recipe, cfg, checkpoint, source, train.classes)
+    torch.manual_seed(seed_of("weights", run.seed))
+    model, notes = Segmenter(cfg, recipe.head), []
+    if source:
+        notes = load_parts(model, source, recipe.head, train.classes)
+    if checkpoint:
+        load_strictly(model, checkpoint["model"])
     if sync_norms:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
@@ -305,9 +280,12 @@ def train(argv):
         result = evaluate(model, val_loader, recipe.short_side, device, dtype)
         if result is None:                               # asked to stop
             folder.end_early()
-        row = metrics_row(run, recipe, cfg, state, accumulate * world, result, folder.n_parameters)
-        row |= monitor.times()
-        print_row(row)
+        train_loss = state.loss_sum / (every * accumulate * world)
+        row = dict(step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
+                   init_from=run.init_from, iteration=state.iteration, train_loss=train_loss, **result,
+                   n_parameters=folder.n_parameters, unreadable=state.unreadable, **monitor.times())
+        print_rank0("iteration {iteration}  train loss {train_loss:.4f}  mIoU {test_miou:.2f} %  pixel accuracy "
+                    "{test_pixel_acc:.2f} %  {time_images_per_s:,.0f} images/s  {time_s:,.0f} s".format(**row))
         folder.log(row)
         improved = row["test_miou"] > state.best_miou
         state.best_miou = max(state.best_miou, row["test_miou"])
@@ -355,7 +333,7 @@ def evaluate_run(argv):
     parser.add_argument("--data", type=nonempty, help="scenes, or a folder in ADE20K's layout; default: the run's own")
     parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and horizontal flips")
     parser.add_argument("--image", type=nonempty, help="segment this image alone, and draw it")
-    parser.add_argument("--draw", type=nonempty, help="where that is drawn; default: segmentation.png")
+    parser.add_argument("--draw", default="segmentation.png", help="the .png in which that is drawn")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
@@ -364,8 +342,7 @@ def evaluate_run(argv):
     check_bounds(vars(args))
     require(not (args.image and (args.data or args.json)),
             "--image segments one image alone, and draws it: drop it, or --data and --json")
-    require(not args.draw or (args.image and Path(args.draw).suffix.lower() == ".png"),
-            f"--draw {args.draw} is the PNG of an --image: give an --image, and a name that ends in .png")
+    require(Path(args.draw).suffix == ".png", f"--draw {args.draw}: give a name that ends in .png")
 
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_segmenter(args.checkpoint, device)
@@ -374,21 +351,20 @@ def evaluate_run(argv):
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
-        image, file = read_scene(args.image), args.draw or "segmentation.png"
+        image = read_scene(args.image)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if is_rank_0():
-            draw(image, predicted, classes).save(file)
-        text = f"{file} has {args.image}, the class of each pixel, and the legend"
+            draw(image, predicted, classes).save(args.draw)
+        text = f"{args.draw} has {args.image}, the class of each pixel, and the legend"
     else:
         val = open_validation(checkpoint, args.data)
         batches = validation(val, rank, world, args.workers, device)
         result = evaluate(model, batches, short_side, device, dtype, **views)
         lines = [f"{'    none' if iou is None else f'{iou:6.2f} %'}  {printable(name)}"
                  for name, iou in zip(classes, result["test_iou"])]
-        mode = ", multi-scale" if args.multi_scale else ""
         lines.append(f"mIoU {result['test_miou']:.3f} %  pixel accuracy {result['test_pixel_acc']:.3f} %  "
-                     f"{len(val):,} images{mode}")
+                     f"{len(val):,} images")
         text = "\n".join(lines)
         if args.json:
             text = json.dumps(result | dict(images=len(val), multi_scale=args.multi_scale))

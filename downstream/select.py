@@ -4,18 +4,15 @@
     python -m downstream.select Llama-2-7b-hf --size tiny --rule aligned --out small.pt # of LLaMA 2
     python train.py --size nano --depth 4 --data cifar10 --init-from small.pt           # then train it
 
-Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept. `uniform`
-applies that to each tensor as it is, as the published repository does: rows of queries, keys and values are picked from
-the three stacked, so that a head of the small model mixes rows of several heads, and channels that RoPE rotates as a
-pair are separated. `aligned` picks heads, and in each head pairs of channels, the same for queries and keys, and single
-channels, the same for values and the projection behind them: what is kept computes what it did in the larger model.
+Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept: of each tensor
+as it is (`uniform`, the published rule), or of heads and of RoPE's pairs in them (`aligned`), so that what is kept
+computes what it did in the larger model. See docs/downstream.md.
 
 [1] Xu et al., arXiv 2311.18823
 """
 import argparse
 import io
 import json
-import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -136,7 +133,7 @@ def is_llama(source):
 
 def read_llama(folder, depth):
     """({our name: tensor} of the first `depth` layers, heads) of a folder with config.json and shards, *.safetensors or
-    *.bin. Only these layers are read, and no code that a file might hold is run."""
+    *.bin. No code that a file might hold is run."""
     try:
         config = json.loads((folder / "config.json").read_text())
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -146,43 +143,33 @@ def read_llama(folder, depth):
     require(config.get("model_type", "llama") == "llama" and config.get("num_key_value_heads", heads) == heads,
             f"{folder} is another model than LLaMA, or shares keys and values between heads, which this model does "
             "not: use LLaMA 2 7B or 13B")
-    found = {}
-    for name, tensor in shards(folder, lambda name: layer_of(name) < depth):
-        part = LLAMA.get(name.split(".", 3)[3])
-        if part:
-            found[f"blocks.{layer_of(name)}.{part}"] = tensor
+    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    require(shards, f"{folder} holds neither *.safetensors nor *.bin: use a folder with the weights")
+    theirs, found = {}, {}
+    for path in shards:
+        theirs |= open_shard(path)
     for i in range(depth):
         for name, part in LLAMA.items():
-            require(f"blocks.{i}.{part}" in found, f"{folder} lacks model.layers.{i}.{name}: download all of its files")
+            source = f"model.layers.{i}.{name}"
+            require(source in theirs, f"{folder} lacks {source}: download all of its files")
+            found[f"blocks.{i}.{part}"] = theirs[source]
         qkv = [found.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
         found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)
     return found, heads
 
 
-def layer_of(name):
-    """The number in model.layers.NUMBER.*; infinity for what belongs to no layer."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else float("inf")
-
-
-def shards(folder, wanted):
-    """(name, tensor) of those names in a folder's files that are wanted."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    require(files, f"{folder} holds neither *.safetensors nor *.bin: use a folder with the weights")
-    for path in files:
-        try:
-            if path.suffix == ".bin":
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                yield from ((name, state[name]) for name in state if wanted(name))
-            else:
-                from safetensors import safe_open
-                with safe_open(path, framework="pt") as file:
-                    yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))
-        except ModuleNotFoundError as error:
-            raise InputError(f"{path} needs safetensors: pip install safetensors") from error
-        except Exception as error:  # torch and safetensors raise half a dozen types
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path} cannot be read as weights ({reason}): use another file") from error
+def open_shard(path):
+    """{name: tensor} of a file, mapped into memory: only the tensors that are used are read."""
+    try:
+        if path.suffix == ".bin":
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+    except Exception as error:  # torch and safetensors raise half a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be read as weights ({reason}): use another file") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,9 +196,8 @@ def main(argv=None):
     parser.add_argument("--rule", choices=("uniform", "aligned"), default="uniform", help="what is kept, see above")
     parser.add_argument("--seed", type=int, default=0, help="random seed of what is not selected")
     parser.add_argument("--out", type=nonempty, required=True, help="the checkpoint to write, for train.py --init-from")
-    parser.add_argument("--num-classes", type=int, default=argparse.SUPPRESS, help="outputs of the head")
     model_flags = parser.add_argument_group("model (default: as --size says, and as the larger model)")
-    add_flags(model_flags, Config, skip=("num_classes", "drop_path"), choices=dict(mask=MASKS))
+    add_flags(model_flags, Config, skip=("drop_path",), choices=dict(mask=MASKS))
     given = vars(parser.parse_args(argv))
     check_bounds(given)
 

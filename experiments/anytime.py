@@ -2,13 +2,11 @@
 
     python -m experiments.anytime read out/a --image cat.jpg             # what it says after each row of patches
     python -m experiments.anytime train --step abs_pos --out out/b       # train.py, half of the batches cut after a row
-    python -m experiments.anytime measure out/a out/b --out out/rows.jsonl   # accuracy after each row, and early exit
-    python -m experiments.anytime cost                                   # work and time against computing all again
+    python -m experiments.anytime measure out/a out/b --out out/rows.jsonl   # accuracy after each row
 
 Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with the class token last, patches do not depend on what
 comes after them: their keys and values are kept, and the class token is appended whenever an answer is wanted. It has
-its own learned position and always stands, for RoPE, where it stands after a whole image. With the published `soft`
-mask this cannot be exact: each row of attention weights is divided by a sum over keys that are still to come.
+its own learned position and always stands, for RoPE, where it stands after a whole image.
 """
 import statistics
 import sys
@@ -20,15 +18,14 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
-from eval import add_flags, most_likely, open_model, open_val
-from experiments.properties import one_process
-from harness.checkpoint import describe
+from data import Images, check_readable, eval_transform, normalize
+from eval import most_likely, open_model
+from experiments.properties import open_subjects, parser_of_checkpoints
 from harness.files import read_image
-from harness.flags import Parser, check_bounds, checked_config, printable, report_errors, require
+from harness.flags import Parser, check_bounds, printable, report_errors, require
 from harness.processes import stop_on_signals
 from harness.run import append_row
-from model import VisionTransformer, config
+from model import VisionTransformer
 
 
 class Reader:
@@ -118,89 +115,29 @@ def train_on_prefixes(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Accuracy after each row, and early exit
+# Accuracy after each row, and one image's classes
 
 
 @torch.no_grad()
-def logits_by_row(model, batches, device):
-    """Logits after each row of patches (rows, n, classes), and labels (n,), on the CPU. InputError if an image cannot
-    be read."""
-    logits, labels = [], []
-    for images, targets, errors in batches:
+def accuracy_by_row(subject):
+    """Top-1 in percent after each row of patches. InputError if an image cannot be read."""
+    hits = [0] * subject.model.cfg.grid
+    for images, labels, errors in subject.batches(subject.source):
         check_readable(errors)
-        images = normalize(images.to(device))
-        logits.append(torch.stack([on_rows(model, images, 1 + row) for row in range(model.cfg.grid)]).cpu())
-        labels.append(targets)
-    return torch.cat(logits, dim=1), torch.cat(labels)
-
-
-def work(cfg, rows, answers):
-    """Multiply-accumulates of reading so many rows of an image and answering after those in `answers`. All rows and one
-    answer are those of the ordinary forward pass, less what its mask hides."""
-    with torch.device("meta"):
-        block = VisionTransformer(cfg).blocks[0]
-    D, row = cfg.width, cfg.grid
-    mlp = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
-    patches = rows * row
-    reading = patches * (3 * cfg.patch_size ** 2 * D + 3 * D ** 2)           # embedding; q, k and v of the last block
-    reading += (cfg.depth - 1) * (patches * (4 * D ** 2 + mlp) + D * patches * (patches + 1))
-    return reading + sum(cfg.depth * (4 * D ** 2 + mlp + 2 * D * (n * row + 1)) + D * cfg.num_classes for n in answers)
-
-
-def stop_early(logits, labels, threshold, cost):
-    """(accuracy in percent, mean rows read, mean cost) if reading ends once a probability is above a threshold.
-
-    logits (rows, n, classes), labels (n,), cost (rows,): that of stopping after each row.
-    """
-    sure, guess = logits.softmax(-1).max(-1)                                             # rows, n
-    done = sure > threshold
-    done[-1] = True
-    row = done.float().argmax(0)                                                         # n: the first that is
-    hits = guess.gather(0, row[None])[0] == labels
-    return 100 * hits.float().mean().item(), 1 + row.float().mean().item(), cost[row].mean().item()
-
-
-def early_exit(logits, labels, cfg, loss=0.5):
-    """The lowest threshold that costs at most `loss` points of accuracy on the images of even index, and what it gives
-    on the others; beside it (accuracy, rows, work) there for a range of thresholds. Work is relative to one ordinary
-    forward pass, and includes an answer after each row read."""
-    once = work(cfg, cfg.grid, [cfg.grid])
-    cost = torch.tensor([work(cfg, rows, range(1, rows + 1)) / once for rows in range(1, cfg.grid + 1)])
-    chosen_on, others = ((logits[:, start::2], labels[start::2]) for start in (0, 1))
-    thresholds = [i / 100 for i in range(10, 100)] + [0.995, 0.999, 1.0]
-    whole = stop_early(*chosen_on, 1.0, cost)[0]
-    best = next(t for t in thresholds if stop_early(*chosen_on, t, cost)[0] >= whole - loss)
-    accuracy, rows, spent = stop_early(*others, best, cost)
-    return dict(threshold=best, exit_acc1=accuracy, exit_rows=rows, exit_work=spent,
-                whole_acc1=stop_early(*others, 1.0, cost)[0],
-                curve=[[round(value, 4) for value in stop_early(*others, t, cost)] for t in thresholds[::5]])
+        images, labels = normalize(images.to(subject.device)), labels.to(subject.device)
+        for row in range(len(hits)):
+            guess = on_rows(subject.model, images, 1 + row).argmax(-1)
+            hits[row] += (guess == labels).sum().item()
+    return [100 * count / len(subject.source) for count in hits]
 
 
 def measure(argv):
-    parser = Parser(prog="python -m experiments.anytime measure", allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", help="runs' folders or their checkpoints")
-    add_flags(parser)
-    parser.add_argument("--out", help="append the rows to this file")
-    args = parser.parse_args(argv)
+    args = parser_of_checkpoints("anytime measure", "Accuracy after each row of patches.").parse_args(argv)
     check_bounds(vars(args))
-    device = one_process(args.device)
-    for source in args.checkpoints:
-        model, checkpoint = open_model(source, device, args.soft_mask)
-        val = open_val(source, checkpoint, model, args.data)
-        images = Images(val, partial(eval_transform, size=model.cfg.img_size))
-        batches = loader(images, eval_batches(len(val), args.batch_size), args.workers, device)
-        logits, labels = logits_by_row(model, batches, device)
-        by_row = [100 * (guess == labels).float().mean().item() for guess in logits.argmax(-1)]
-        folder = Path(source).parent if Path(source).is_file() else Path(source)
-        row = describe(model.cfg, checkpoint, torch.float32)
-        row |= dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row)
-        if model.is_causal:
-            row |= early_exit(logits, labels, model.cfg)
-        append_row(row, args.out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One image, and what reading costs
+    for subject in open_subjects(args):
+        by_row = accuracy_by_row(subject)
+        folder = Path(subject.path).parent if Path(subject.path).is_file() else Path(subject.path)
+        append_row(subject.described() | dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row), args.out)
 
 
 @torch.no_grad()
@@ -208,63 +145,20 @@ def read(argv):
     parser = Parser(prog="python -m experiments.anytime read", allow_abbrev=False)
     parser.add_argument("checkpoint", help="a run's folder or its checkpoint")
     parser.add_argument("--image", required=True, help="the image to read")
-    parser.add_argument("--rows", type=int, help="stop after so many rows of patches; default: all")
-    parser.add_argument("--soft-mask", type=float, help="alpha, for the checkpoint's")
     args = parser.parse_args(argv)
-    model, checkpoint = open_model(args.checkpoint, torch.device("cpu"), args.soft_mask)
-    reader, patch, grid = Reader(model), model.cfg.patch_size, model.cfg.grid
-    rows = grid if args.rows is None else args.rows
-    require(1 <= rows <= grid, f"--rows {rows}: this model's images have rows 1 to {grid}")
+    model, checkpoint = open_model(args.checkpoint, torch.device("cpu"))
     require(checkpoint["classes"], f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
+    reader, patch, grid = Reader(model), model.cfg.patch_size, model.cfg.grid
     transform = partial(eval_transform, size=model.cfg.img_size)
-    image = normalize(Images([(read_image(args.image), 0)], transform)[0, 0][0][None])
-    for row in range(rows):
+    pixels, _, _ = Images([(read_image(args.image), 0)], transform)[0, 0]
+    image = normalize(pixels[None])
+    for row in range(grid):
         reader.read(image[:, :, row * patch: (row + 1) * patch])
         (name, probability), *_ = most_likely(reader.answer()[0], checkpoint["classes"]).items()
         print(f"row {row + 1:2} of {grid}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
 
 
-def medians_in_turns(ways, repeats, warm_up=0):
-    """{name: median seconds} of functions that take turns, so that a slow minute of the machine hits all of them."""
-    seconds = {name: [] for name in ways}
-    for repeat in range(warm_up + repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
-
-
-@torch.no_grad()
-def cost(argv):
-    """Size T with fresh weights, an answer after each row: by Reader, and by running the model on all rows again."""
-    parser = Parser(prog="python -m experiments.anytime cost", allow_abbrev=False)
-    parser.add_argument("--img-sizes", nargs="+", type=int, default=[224, 512])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", help="append the rows to this file")
-    args = parser.parse_args(argv)
-    check_bounds(vars(args))
-    for img_size in args.img_sizes:
-        model = VisionTransformer(checked_config(config, size="tiny", step="abs_pos", img_size=img_size)).eval()
-        cfg, grid, patch, image = model.cfg, model.cfg.grid, model.cfg.patch_size, torch.randn(1, 3, img_size, img_size)
-
-        def by_reader():
-            reader = Reader(model)
-            for row in range(grid):
-                reader.read(image[:, :, row * patch: (row + 1) * patch])
-                reader.answer()
-
-        def again():
-            for row in range(grid):
-                on_rows(model, image, 1 + row)
-        seconds = medians_in_turns(dict(reader=by_reader, again=again, once=lambda: model(image)), args.repeats)
-        macs = dict(reader=work(cfg, grid, range(1, grid + 1)), once=work(cfg, grid, [grid]),
-                    again=sum(work(cfg, rows, [rows]) for rows in range(1, grid + 1)))
-        append_row(dict(img_size=img_size, rows=grid, macs=macs,
-                        time_s={name: round(value, 4) for name, value in seconds.items()}), args.out)
-
-
-COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read, cost=cost)
+COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read)
 
 
 @report_errors()

@@ -121,11 +121,11 @@ def train_all(runs, out, jobs, curve=False):
     return not stop_requests
 
 
-def parser_of_runs(program, description, out=None, seeds="with seeds from 0 on"):
+def parser_of_runs(program, description, out=None):
     """The flags of programs that make many runs."""
     parser = Parser(prog=f"python -m experiments.{program}", description=description, allow_abbrev=False)
     parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
-    parser.add_argument("--seeds", type=int, default=3, help=seeds)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
     parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their rows"
@@ -133,15 +133,21 @@ def parser_of_runs(program, description, out=None, seeds="with seeds from 0 on")
     return parser
 
 
+def parse_runs(parser, argv):
+    """The flags of such a program, checked, and what is needed before the first run."""
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
+    stop_on_signals()
+    return args
+
+
 @report_errors()
 def main(argv=None):
     parser = parser_of_runs("ladder", __doc__.splitlines()[0])
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    args = parser.parse_args(argv)
-    check_bounds(vars(args))
+    args = parse_runs(parser, argv)
     args.out = args.out or Path("out", f"ladder-{args.epochs}")
-    open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
-    stop_on_signals()
     flags = [ROOT / "train.py", "--data", args.data, *FLAGS.split(), "--epochs", str(args.epochs)]
     runs = {f"{step}-{seed}": ([*flags, *flags_of(step).split(), "--seed", str(seed)],
                                dict(step=step, seed=seed, epoch=args.epochs - 1))

@@ -1,12 +1,11 @@
 """The properties that the paper claims of iLLaMA, measured on any checkpoint beside its accuracy.
 
     python -m experiments.properties out/ladder-3/*-0/last.pt --measure calibration rank int8
-    python -m experiments.properties out/a --measure attention --image cat.jpg --draw out/attention.png
+    python -m experiments.properties out/a --measure attention leak
     python -m experiments.properties CHECKPOINT --measure shape_bias --cue DIR     # DIR/SHAPE/shapeN-textureN.png
     python -m experiments.properties illama-tiny-in1k-75.0 --data PATH --measure macs
 
 Each checkpoint gives one line of JSON; --out appends it to a file as well. All is computed in float32, in one process.
-To add a property, write a function of a Subject that returns a dict, and name it in PROPERTIES.
 
 [1] calibration: Guo et al., arXiv 1706.04599       [2] shape or texture: Geirhos et al., arXiv 1811.12231
 """
@@ -20,16 +19,13 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as TF
 
 from data import Images, eval_batches, eval_transform, loader, normalize
 from eval import add_flags, evaluate, open_model, open_val, predict, score
-from experiments.samples import check_png, sheet
 from harness.checkpoint import describe
-from harness.files import open_folder, read_image
+from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors, require, shorten
 from harness.processes import setup
 from harness.run import append_row
@@ -40,10 +36,16 @@ from synthetic.shapes import Shapes
 @dataclass
 class Subject:
     """A trained model and the images that it is measured on."""
+    path: str                    # of its checkpoint
+    checkpoint: dict
     model: VisionTransformer
     source: Dataset              # the validation split: pairs (PIL image, label), and .classes
     device: torch.device
     args: Namespace              # flags
+
+    def described(self):
+        """What a row says of the model beside what was measured."""
+        return describe(self.model.cfg, self.checkpoint, torch.float32)
 
     def images(self, source):
         """A data set as the model takes it, before normalize()."""
@@ -52,6 +54,11 @@ class Subject:
     def batches(self, source):
         batches = eval_batches(len(source), self.args.batch_size)
         return loader(self.images(source), batches, self.args.workers, self.device)
+
+    def pixels(self, places):
+        """(n, 3, H, W), uint8: images of the validation split."""
+        images = self.images(self.source)
+        return torch.stack([images[0, place][0] for place in places]).to(self.device)
 
     @cached_property
     def predictions(self):
@@ -70,10 +77,9 @@ class Subject:
 
     @cached_property
     def sample(self):
-        """(30, 3, H, W), uint8: images drawn at random, the same each time; all of them if there are fewer."""
-        images, count = self.images(self.source), len(self.source)
-        places = random.Random("sample").sample(range(count), min(30, count))
-        return torch.stack([images[0, place][0] for place in places]).to(self.device)
+        """30 images drawn at random, the same each time; all of them if there are fewer."""
+        count = len(self.source)
+        return self.pixels(random.Random("sample").sample(range(count), min(30, count)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,32 +130,13 @@ def class_token_attention(model, images):
     return maps[..., :-1] if model.cfg.cls_last else maps[..., 1:]
 
 
-def draw_attention(model, images, cell=128):
-    """A row for each image: the image, then for each block its patches, as bright as the class token's attention to
-    them, relative to the largest; below it the percentage of all attention that goes to patches.
-
-    images (B, 3, H, W), uint8, on the model's device. Returns a PIL image.
-    """
-    grid = model.cfg.grid
-    patches = class_token_attention(model, images).cpu()                                     # depth, B, P
-    light = patches / patches.amax(-1, keepdim=True).clamp(min=1e-12)
-    light = F.interpolate(light.unflatten(-1, (grid, grid)), (cell, cell), mode="nearest")   # depth, B, cell, cell
-    pixels = TF.resize(images.cpu(), [cell, cell], TF.InterpolationMode.NEAREST).float()     # B, 3, cell, cell
-    cells = torch.cat([pixels[None], (0.1 + 0.9 * light[:, :, None]) * pixels]).byte()       # 1 + depth, B, 3, ...
-    texts = [["image", *(f"block {block}: {total:.0f} %" for block, total in enumerate(totals, 1))]
-             for totals in (100 * patches.sum(-1)).T.tolist()]                               # B, 1 + depth
-    return sheet([list(zip(*row)) for row in zip(cells.transpose(0, 1), texts)], cell)
-
-
 @torch.no_grad()
 def attention(subject):
-    model, images, args = subject.model, subject.sample[:3], subject.args
-    if args.image:
-        images = subject.images([(read_image(args.image), 0)])[0, 0][0][None].to(subject.device)
-    draw_attention(model, images).save(args.draw)
-    variance = model(normalize(subject.sample)).var(0).mean().item()
-    to_patches = class_token_attention(model, subject.sample).sum(-1).mean(1).tolist()
-    return dict(logit_variance=variance, attention_to_patches=to_patches, attention=args.draw)
+    """What collapses under a causal mask with the class token first: the variance of a logit over images, and the
+    fraction of the class token's attention that goes to patches, of each block."""
+    variance = subject.model(normalize(subject.sample)).var(0).mean().item()
+    to_patches = class_token_attention(subject.model, subject.sample).sum(-1).mean(1).tolist()
+    return dict(logit_variance=variance, attention_to_patches=to_patches)
 
 
 @torch.no_grad()
@@ -171,9 +158,7 @@ def leak(subject):
     labels = torch.cat([labels for _, labels in subject.predictions])
     classes = range(min(10, len(subject.source.classes)))
     places = torch.cat([(labels == label).nonzero()[:10, 0] for label in classes])
-    images = subject.images(subject.source)
-    images = torch.stack([images[0, place][0] for place in places.tolist()])
-    return dict(leak=output_change(subject.model, images.to(subject.device)))
+    return dict(leak=output_change(subject.model, subject.pixels(places.tolist())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,31 +315,38 @@ def one_process(device):
     return device
 
 
+def parser_of_checkpoints(program, description):
+    """The flags of programs that measure a row for each checkpoint."""
+    parser = Parser(prog=f"python -m experiments.{program}", description=description, allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
+    add_flags(parser)
+    parser.add_argument("--out", help="append the rows to this file")
+    return parser
+
+
+def open_subjects(args):
+    """All of them, so that what is wrong with one is reported before anything is measured."""
+    device, subjects = one_process(args.device), []
+    for path in args.checkpoints:
+        model, checkpoint = open_model(path, device, args.soft_mask)
+        val = open_val(path, checkpoint, model, args.data)
+        subjects.append(Subject(path, checkpoint, model, val, device, args))
+    return subjects
+
+
 @report_errors()
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
+    parser = parser_of_checkpoints("properties", __doc__.splitlines()[0])
     parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
-    add_flags(parser)
     parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, or DIR/SHAPE/shapeN-textureN.png")
-    parser.add_argument("--image", help="attention: draw it on this image, not on three of the data")
-    parser.add_argument("--draw", default="attention.png", help="attention: the .png to draw it in")
-    parser.add_argument("--out", help="append the rows to this file")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
-    check_png("--draw", args.draw)
-
-    device = one_process(args.device)
-    subjects, rows = [], []
-    for source in args.checkpoints:
-        model, checkpoint = open_model(source, device, args.soft_mask)
-        val = open_val(source, checkpoint, model, args.data)
-        subjects.append(Subject(model, val, device, args))
-        rows.append(describe(model.cfg, checkpoint, torch.float32))
-        if "shape_bias" in args.measure:
-            subjects[-1].conflict    # opened now: what is wrong with it is reported before anything is measured
-    for subject, row in zip(subjects, rows):
-        row |= score(subject.predictions, device)
+    subjects = open_subjects(args)
+    if "shape_bias" in args.measure:
+        for subject in subjects:
+            subject.conflict         # opened now, for the same reason
+    for subject in subjects:
+        row = subject.described() | score(subject.predictions, subject.device)
         for name in args.measure:
             row |= PROPERTIES[name](subject)
         append_row(row, args.out)

@@ -168,17 +168,6 @@ def anytime_table():
                  [[title, *zip(*read_by(name, "acc1_by_row"))] for name, title in READ.items()])
 
 
-def reading_table():
-    body = []
-    for row in rows("anytime-cost"):
-        macs, time = row["macs"], row["time_s"]
-        body.append([f"{row['img_size']} pixels", str(row["rows"]), f"{macs['reader'] / 1e9:.2f} G",
-                     f"{macs['again'] / 1e9:.2f} G", f"{macs['again'] / macs['reader']:.1f} x", f"{time['reader']:.2f}",
-                     f"{time['again']:.2f}", f"{time['again'] / time['reader']:.1f} x", f"{time['once']:.2f}"])
-    return table("size T, an answer after each row | rows | work: cached | read again | ratio | seconds: cached "
-                 "| read again | ratio | one forward pass", body)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Longer runs and other tasks
 
@@ -327,7 +316,7 @@ def mask_table():
 PARTS = dict(
     results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
-    anytime=anytime_table, reading=reading_table, runs=runs_table, longer=longer_table,
+    anytime=anytime_table, runs=runs_table, longer=longer_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
     speed=speed_table, memory=memory_table, growth=growth_table, macs=macs_table,
     mask=mask_table)

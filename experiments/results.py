@@ -1,7 +1,7 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
 ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those
-of experiments/properties.py on its runs, anytime.jsonl and anytime-cost.jsonl those of experiments/anytime.py;
+of experiments/properties.py on its runs, anytime.jsonl those of experiments/anytime.py;
 cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run of train.py and
 downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl and
 select.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was left;

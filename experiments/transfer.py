@@ -3,10 +3,8 @@
     python -m experiments.transfer --data cifar10      # all runs; stopped and started again, it continues
     python -m experiments.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
 
-The first half of a data set's classes is for pretraining. On 1, 5, 25 and 100 % of the training images of the other
-half a model is trained from scratch, fine-tuned, and probed linearly: only its head and last norm are trained. All
-three run for the same number of iterations; the images of a part are repeated, with other crops, to fill its epochs.
-eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
+The first half of a data set's classes is for pretraining; on parts of the other half a model is trained from scratch,
+fine-tuned, and probed linearly. eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
 """
 import random
 import re
@@ -18,13 +16,13 @@ from torchvision.datasets import CIFAR10
 
 import train
 from data import labels_of, open_data
-from experiments.ladder import parser_of_runs, train_all
+from experiments.ladder import parse_runs, parser_of_runs, train_all
 from harness.files import ImageFolder
-from harness.flags import check_bounds, report_errors, require
+from harness.flags import report_errors, require
 from harness.processes import stop_on_signals
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3 --workers 0 --device cpu"
-COMPARED = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}         # ViT and iLLaMA; flags that keep alpha at 0
+COMPARED = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}      # ViT and iLLaMA; flags that keep alpha at 0
 PERCENT = (1, 5, 25, 100)                                                 # of the training images
 
 
@@ -93,11 +91,9 @@ def main(argv=None):
         return train.main(argv[1:], open_data=open_part)
     parser = parser_of_runs("transfer", __doc__.splitlines()[0], Path("out", "transfer"))
     parser.add_argument("--pretrain-epochs", type=int, default=5)
-    args = parser.parse_args(argv)
-    check_bounds(vars(args))
-    part = open_part(f"{args.data}:first", "train", 32)              # downloaded here, once, if at all
+    args = parse_runs(parser, argv)
+    part = open_part(f"{args.data}:first", "train", 32)
     require(len(part.classes) > 1, f"--data {args.data} has fewer than four classes: use data with two for each half")
-    stop_on_signals()
     first, rest = runs(args)
     sys.exit(0 if train_all(first, args.out, args.jobs) and train_all(rest, args.out, args.jobs) else 1)
 

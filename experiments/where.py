@@ -2,9 +2,8 @@
 
     python -m experiments.where out/segment/*/last.pt --out out/where.jsonl
 
-A patch at the top left attends to nothing but itself, one at the bottom right to all. Measured twice: over whole
-images, predicted by overlapping windows as in evaluation, in eight bands; and over the windows, each on its own, by the
-rows and columns of its patches, as the sequence begins anew in each window.
+Measured twice: over whole images, predicted by overlapping windows as in evaluation, in eight bands; and over the
+windows, each on its own, by the rows and columns of its patches, as the sequence begins anew in each window.
 """
 from statistics import fmean
 

@@ -136,7 +136,7 @@ def nonempty(value):
 
 BOUNDS = {  # of numbers, by name, wherever they come from: a flag or a file; other numbers are at least 0
     **dict.fromkeys(("img_size", "patch_size", "num_classes", "width", "heads", "epochs", "batch_size", "micro_batch",
-                     "iterations", "eval_every", "short_side", "seeds", "jobs", "repeats", "rows", "larger_epochs",
+                     "iterations", "eval_every", "short_side", "seeds", "jobs", "repeats", "larger_epochs",
                      "pretrain_epochs"), (1, math.inf)),
     **dict.fromkeys(("label_smoothing", "erasing", "soft_mask"), (0, 1)),
     "depth": (1, 1000),              # 100,000 blocks would be built for minutes

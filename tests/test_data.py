@@ -561,9 +561,9 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("data, split", [("shapes", "train"), ("shapes", "val"), ("shapes-cue", "conflict")])
-def test_the_command_saves_a_grid_of_images(data, split, tmp_path, capsys):
-    samples.main(["--data", data, "--img-size", "16", "--split", split, "--rows", "4", "--out", str(tmp_path / "grid.png")])
+@pytest.mark.parametrize("flags", [[], ["--data", "shapes-cue", "--augment"]])
+def test_the_command_saves_a_grid_of_images(flags, tmp_path, capsys):
+    samples.main([*flags, "--img-size", "16", "--out", str(tmp_path / "grid.png")])
     sheet = Image.open(tmp_path / "grid.png")
-    assert sheet.size == (980, 448) and len(sheet.getcolors(1 << 24)) > 100
+    assert sheet.size == (980, 672) and len(sheet.getcolors(1 << 24)) > 100
     assert "images in 10 classes" in capsys.readouterr().out

@@ -110,7 +110,8 @@ def test_other_commands_have_flags_that_exist():
         "downstream.select", "downstream.segment"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
-        shares = {"experiments.properties": "eval.py", "experiments.select": "experiments/ladder.py",
+        shares = {"experiments.properties": "eval.py", "experiments.anytime": "experiments/properties.py",
+                  "experiments.select": "experiments/ladder.py",
                   "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""
         for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
@@ -135,7 +136,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
                            capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ladder-3", "cue", "collapse.jsonl", "leak.jsonl", "properties.jsonl", "shape-bias.jsonl", "attention.png"}
+        "ladder-3", "cue", "collapse.jsonl", "leak.jsonl", "properties.jsonl", "shape-bias.jsonl"}
 
 
 def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():

@@ -315,14 +315,6 @@ def test_scenes_show_what_their_annotations_say_at_any_size():
         assert image[mask > 1].mean() > 120 > 80 > image[mask == 1].mean()
 
 
-def test_ade20ks_own_list_of_classes_is_read(streets, tmp_path):
-    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t1\t1\twall\n"
-                                                "2\t0.1\t1\t1\tbuilding, edifice\n")
-    for kind in ("images", "annotations"):
-        (tmp_path / kind).symlink_to(streets / kind)
-    assert AnnotatedFolder(tmp_path, "training").classes == ["wall", "building, edifice"]
-
-
 def spoil(folder, what):
     """A copy's one fault: (what to write where, what the sentence says)."""
     annotation = folder / "annotations" / "validation" / "0.png"
@@ -515,7 +507,6 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         (["--resume", trained, "--lr", 1], "--resume continues the run as it was started"),
         (["--resume", finished], "lacks"),
         (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
-        (["eval", trained, "--draw", "a.png"], "give an --image"),
         (["eval", trained, "--image", "a.png", "--draw", "a.xyz"], "a name that ends in .png"),
         (["eval", trained, "--workers", -1], "--workers is -1"),
         ([*data, *TINY, "--head", "upernet", "--depth", 3, "--patch-size", 16], "at least 2 x 2 patches"),

@@ -278,9 +278,12 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_and_from_random_weights(photos, tmp_path, capsys):
-    flags = ["--data", str(photos), "--seeds", "1", "--epochs", "2", "--larger-epochs", "1", "--out", str(tmp_path),
-             "--flags", " ".join([*SMALL, "--lr 0 --min-lr 0"]), "--larger", "--size tiny --depth 3", "--smaller", "--size nano"]
+def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_and_from_random_weights(
+        photos, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(comparison, "FLAGS", " ".join([*SMALL, "--lr 0 --min-lr 0"]))
+    monkeypatch.setattr(comparison, "LARGER", "--size tiny --depth 3")
+    monkeypatch.setattr(comparison, "SMALLER", "--size nano --depth 2")
+    flags = ["--data", str(photos), "--seeds", "1", "--epochs", "2", "--larger-epochs", "1", "--out", str(tmp_path)]
     for _ in range(2):                                                       # the second time nothing is left to do
         with pytest.raises(SystemExit) as end:
             comparison.main(flags)
