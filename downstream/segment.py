@@ -207,8 +207,8 @@ def train(argv):
     # Data
     micro_batch, accumulate = split_batch(recipe, world, "micro_batch" in given)
     sync_norms = world > 1 and device.type == "cuda"     # on a CPU each rank normalizes its own crops
-    require(recipe.head != "upernet" or micro_batch > 1 or sync_norms, "--head upernet normalizes over the micro-batch, "
-            "which has 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
+    require(recipe.head != "upernet" or micro_batch > 1 or sync_norms, "--head upernet normalizes over the "
+            "micro-batch, 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
     train, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
     run, recipe, cfg, source = choose_backbone(run, recipe, given, checkpoint, len(train.classes))
     check_data(run, recipe, cfg, state, train, val, checkpoint)
