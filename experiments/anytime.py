@@ -8,9 +8,7 @@ Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with the class t
 comes after them: their keys and values are kept, and the class token is appended whenever an answer is wanted. It has
 its own learned position and always stands, for RoPE, where it stands after a whole image.
 """
-import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
