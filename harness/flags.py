@@ -39,6 +39,7 @@ def as_input_error():
         raise InputError(str(error)) from error
 
 
+REPORT_AFTER = 5         # seconds
 REFUSALS = {  # what the system refuses, by words in an error
     r"DataLoader worker \(pid|ancdata|open files|shared memory":
         "a data-loading worker was ended by the system, which may be short of memory, shared memory (/dev/shm) or open "
@@ -73,7 +74,7 @@ def report_errors():
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)   # local rank 0 reports it, and torchrun ends this one; if it had no error, this one reports
+            time.sleep(REPORT_AFTER)   # local rank 0 reports it, and torchrun ends this one; if it had no error, this one reports
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -1,10 +1,17 @@
-"""What several test files need: a small folder of images, and a run on it."""
+"""What several test files need: a small folder of images, a run on it, and programs in processes of their own."""
+import atexit
 import json
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +24,7 @@ from data import eval_transform, normalize, open_data
 from harness.checkpoint import build
 
 ROOT = Path(__file__).parents[1]
+DEADLINE = 600           # seconds after which something has gone wrong
 # A model and a run of seconds: two blocks, 16 pixels, 24 images in 3 iterations.
 SMALL = "--size nano --depth 2 --img-size 16 --patch-size 8 --batch-size 8 --epochs 2 --workers 0 --device cpu".split()
 
@@ -56,22 +64,126 @@ def finished(photos, tmp_path_factory):
     return folder
 
 
-def torchrun(ranks, *command, machines=1):
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def wait_until(condition):
+    """Wait for an event. The deadline is for what never comes, so it is far beyond what a busy machine takes."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "waited for what does not come"
+        time.sleep(0.02)
+
+
+def environment(**changes):
+    """That of a program of ours, started from anywhere."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {key: str(changes[key]) for key in changes}
+
+
+class Starter:
+    """starter.py, which forks our programs, and the exit codes of those that have ended."""
+
+    def __init__(self):
+        self.codes = {}
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "starter.py"], stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, env=environment(), start_new_session=True)
+        atexit.register(self.process.communicate)                        # it ends with its input
+
+    def ask(self, request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
+        assert ready, "a program does not end"
+        return json.loads(self.process.stdout.readline())
+
+    def wait_for_one(self, programs):
+        """The first of some programs that ends."""
+        while not any(program.pid in self.codes for program in programs):
+            pid, code = self.ask(None)
+            self.codes[pid] = code
+        return next(program for program in programs if program.pid in self.codes)
+
+
+starter = cache(Starter)
+
+
+class Program:
+    """A program of ours in a process and a session of its own: its path, or -m and its module, and its flags.
+
+    `ignored` signals are so at its start, `constants` of our modules have other values in it, and **changes are of its
+    environment.
+    """
+
+    def __init__(self, *command, out=None, ignored=(), constants={}, **changes):
+        self.folder = tempfile.TemporaryDirectory()
+        self.out, self.err = Path(out or Path(self.folder.name, "out")), Path(self.folder.name, "err")
+        self.pid = starter().ask(dict(command=list(map(str, command)), environment=environment(**changes), ignored=ignored,
+                                      constants=constants, folder=os.getcwd(), out=str(self.out), err=str(self.err)))
+
+    def said(self):
+        return self.out.read_text() if self.out.is_file() else ""
+
+    def wait(self):
+        """(exit code, what it wrote to stdout, to stderr); no process of its session is left."""
+        starter().wait_for_one([self])
+        wait_until(lambda: not left_behind(session=self.pid))
+        return starter().codes[self.pid], self.said(), self.err.read_text()
+
+
+def in_ranks(ranks, *command, machines=1):
+    """Run a program of ours on the CPU in several processes, on machines that are played, as torchrun would: if one ends
+    with an error, the others get SIGTERM. Returns the first such exit code or 0, and what all wrote to stdout and stderr."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    local = ranks // machines
+    programs = [Program(*command, "--device", "cpu", RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank % local,
+                        LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
+                        TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
+                for rank in range(ranks)]
+    running, first_error = list(programs), 0
+    while running:
+        ended = starter().wait_for_one(running)
+        running.remove(ended)
+        code = starter().codes[ended.pid]
+        if code and not first_error:
+            first_error = code
+            for program in running:
+                os.kill(program.pid, signal.SIGTERM)
+    _, out, err = zip(*(program.wait() for program in programs))
+    return first_error, "".join(out), "".join(err)
+
+
+def torchrun(ranks, *command, machines=1, flags=()):
     """Run a program of ours in several processes on the CPU, by one launcher for each machine that is played.
 
-    Returns the first launcher's exit code, and what all wrote to stdout and to stderr.
+    Slow: each process imports torch. Where the launcher is not the point, there is in_ranks(). Returns the first
+    launcher's exit code, and what all wrote to stdout and to stderr.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}",
                 f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-                "--local_addr=localhost"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment,
+                "--local_addr=localhost", *flags]
+    running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment(),
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
-    out, err = zip(*(process.communicate(timeout=100) for process in running))
+    out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
     return running[0].returncode, "".join(out), "".join(err)
+
+
+def left_behind(mark=None, session=None):
+    """Processes that run with `mark` on their command line, or in a session."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):                                          # it has ended
+            state, _, _, its_session = (process / "stat").read_text().rpartition(") ")[2].split()[:4]
+            marked = mark is not None and os.fsencode(mark) in (process / "cmdline").read_bytes()
+            if state != "Z" and (marked or int(its_session) == session):
+                found.append(process.name)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a program says and leaves
 
 
 def refused(program, argv, capsys):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval as evaluation
-from conftest import ROOT, by_hand, refused, torchrun
+from conftest import ROOT, by_hand, in_ranks, refused
 from data import open_data
 from harness.checkpoint import build, open_checkpoint
 from harness.flags import report_errors
@@ -66,7 +66,6 @@ def test_the_line_for_people_says_the_same_as_the_json(finished, capsys):
                            "11 images at 16 x 16, mask soft alpha 0, float32, ") and line.endswith(" images/s\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("images, all_ranks", [(7, (1, 2, 3)), (1, (2,))])
 def test_every_image_counts_once_on_one_two_and_three_ranks(images, all_ranks, photos, finished, tmp_path):
     for path in sorted((photos / "val").glob("*/*.png"))[:images]:
@@ -75,7 +74,7 @@ def test_every_image_counts_once_on_one_two_and_three_ranks(images, all_ranks, p
     results = []
     for ranks in all_ranks:
         flags = [finished / "best.pt", "--data", tmp_path, "--json", "--workers", 0, "--batch-size", 2]
-        code, said, errors = torchrun(ranks, ROOT / "eval.py", *flags)
+        code, said, errors = in_ranks(ranks, ROOT / "eval.py", *flags)
         assert code == 0, errors
         results.append(json.loads(said))                                     # one line, whatever the ranks
         assert results[-1]["images"] == images

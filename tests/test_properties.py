@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import by_hand, refused, torchrun
+from conftest import by_hand, in_ranks, refused
 from data import eval_transform, normalize, open_data
 from experiments import properties
 from experiments.properties import categories, open_conflict
@@ -325,9 +325,8 @@ def test_the_rank_of_a_checkpoint_is_that_on_images_as_the_model_takes_them(phot
     assert {name: result[name] for name in expected} == expected
 
 
-@pytest.mark.slow
 def test_properties_of_all_images_are_measured_in_one_process(finished):
-    code, _, errors = torchrun(2, "-m", "experiments.properties", finished / "best.pt", "--measure", "rank")
+    code, _, errors = in_ranks(2, "-m", "experiments.properties", finished / "best.pt", "--measure", "rank")
     assert code and "error: rows are measured in one process: use python, not torchrun" in errors
 
 

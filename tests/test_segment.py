@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import SMALL, equal, load, metrics, refused, torchrun
+from conftest import SMALL, equal, in_ranks, load, metrics, refused
 from data import normalize
 from downstream import segment
 from downstream.scenes import Annotated, AnnotatedFolder, crop, distort, open_scenes, train_transform
@@ -214,10 +214,9 @@ def test_evaluation_is_at_each_images_own_resolution_with_its_own_annotation(str
     assert result["test_miou"] > 95                                          # the colours are the classes; edges blur
 
 
-@pytest.mark.slow
 def test_the_same_from_one_rank_as_from_two(streets, trained):
     flags = "eval", trained, "--json", "--workers", 0
-    code, said, errors = torchrun(2, "-m", "downstream.segment", *flags)
+    code, said, errors = in_ranks(2, "-m", "downstream.segment", *flags)
     assert code == 0, errors
     rows = [json.loads(line) for line in said.splitlines()]
     model, val = open_segmenter(str(trained), "cpu")[0], open_scenes(str(streets), "validation", 20)
@@ -448,19 +447,17 @@ def test_bfloat16_computes_differently_but_stores_float32(streets, trained, tmp_
     assert not equal(state["model"], load(trained / "last.pt")["model"])
 
 
-@pytest.mark.slow
 def test_two_ranks_train_as_one(streets, tmp_path):
     run(streets, tmp_path / "alone")
-    code, said, errors = torchrun(2, "-m", "downstream.segment", "--data", streets, "--out", tmp_path / "two", *TINY)
+    code, said, errors = in_ranks(2, "-m", "downstream.segment", "--data", streets, "--out", tmp_path / "two", *TINY)
     assert code == 0, errors
     for alone, shared in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "two"), strict=True):
         assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_two_ranks_evaluate_with_the_statistics_that_they_save(streets, tmp_path):
     flags = "--data", streets, "--out", tmp_path / "two", *TINY, "--head", "upernet", "--depth", 3
-    code, said, errors = torchrun(2, "-m", "downstream.segment", *flags)
+    code, said, errors = in_ranks(2, "-m", "downstream.segment", *flags)
     assert code == 0, errors
     model, val = open_segmenter(str(tmp_path / "two" / "last.pt"), "cpu")[0], open_scenes(str(streets), "validation", 20)
     result = evaluate(model, segment.validation(val), 20, torch.device("cpu"))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as evaluation
 import model
 import train
-from conftest import ROOT, SMALL, equal, load, metrics, refused, torchrun
+from conftest import ROOT, SMALL, equal, in_ranks, load, metrics, refused, torchrun
 from data import Images, erase, mix
 from harness import flags as harness_flags
 from harness import processes
@@ -633,14 +633,14 @@ open(sys.argv[1] + os.environ["RANK"], "w").write(str(Counting.syncs))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(machines, photos, tmp_path, steps):
     flags = ["--data", photos, *SMALL, "--clip-grad", 0]
     run(photos, tmp_path / "alone", "--clip-grad", 0)
     (tmp_path / "spy.py").write_text(SPY)
     flags += ["--out", tmp_path / "two", "--micro-batch", 2]
-    code, said, errors = torchrun(2, tmp_path / "spy.py", tmp_path / "grads.pt", *flags, machines=machines)
+    launch = in_ranks if machines == 1 else torchrun
+    code, said, errors = launch(2, tmp_path / "spy.py", tmp_path / "grads.pt", *flags, machines=machines)
     assert code == 0, errors
     assert "batch   8 = 2 ranks x 2 micro-batches x 2 images" in said
     assert said.count("epoch 1  train loss") == 1                            # rank 0 alone speaks
@@ -652,22 +652,20 @@ def test_two_ranks_train_as_one_and_synchronise_once_an_iteration(machines, phot
         assert shared == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_several_ranks_share_the_next_free_folder_and_end_well(photos, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, said, errors = torchrun(2, ROOT / "train.py", "--data", photos, *SMALL)
+    code, said, errors = in_ranks(2, ROOT / "train.py", "--data", photos, *SMALL)
     assert code == 0, errors
     assert said.splitlines()[-1].startswith("done    top-1 ") and "Traceback" not in errors
     (folder,) = (tmp_path / "out").iterdir()
     assert (folder / "best.pt").is_file() and f"in {folder.relative_to(tmp_path) / 'best.pt'}; evaluate it" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, said", [
     (["--size", "nano", "--width", "129"], "error: width 129 is not a multiple of heads 2; change one of them\n"),
     (["--batch-size", "7"], "error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n")])
 def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_path):
-    code, _, errors = torchrun(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
+    code, _, errors = in_ranks(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
     assert code != 0 and errors.count("error:") == errors.count(said) == 1
     assert not (tmp_path / "run").exists()
 
