@@ -39,7 +39,8 @@ def as_input_error():
         raise InputError(str(error)) from error
 
 
-REPORT_AFTER = 5         # seconds
+REPORT_AFTER = 5         # seconds, on other ranks than local rank 0
+
 REFUSALS = {  # what the system refuses, by words in an error
     r"DataLoader worker \(pid|ancdata|open files|shared memory":
         "a data-loading worker was ended by the system, which may be short of memory, shared memory (/dev/shm) or open "
@@ -74,7 +75,7 @@ def report_errors():
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(REPORT_AFTER)   # local rank 0 reports it, and torchrun ends this one; if it had no error, this one reports
+            time.sleep(REPORT_AFTER)   # local rank 0 reports it, and torchrun ends this one, unless that has no error
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -86,9 +86,10 @@ class Starter:
 
     def __init__(self):
         self.codes = {}
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "starter.py"], stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, env=environment(), start_new_session=True)
-        atexit.register(self.process.communicate)                        # it ends with its input
+        command = [sys.executable, ROOT / "tests" / "starter.py"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=environment(), start_new_session=True)
+        atexit.register(self.process.communicate)                            # it ends with its input
 
     def ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -97,11 +98,13 @@ class Starter:
         return json.loads(self.process.stdout.readline())
 
     def wait_for_one(self, programs):
-        """The first of some programs that ends."""
-        while not any(program.pid in self.codes for program in programs):
+        """(program, exit code) of the first of some programs that ends."""
+        while True:
+            for program in programs:
+                if program.pid in self.codes:
+                    return program, self.codes[program.pid]
             pid, code = self.ask(None)
             self.codes[pid] = code
-        return next(program for program in programs if program.pid in self.codes)
 
 
 starter = cache(Starter)
@@ -117,46 +120,47 @@ class Program:
     def __init__(self, *command, out=None, ignored=(), constants={}, **changes):
         self.folder = tempfile.TemporaryDirectory()
         self.out, self.err = Path(out or Path(self.folder.name, "out")), Path(self.folder.name, "err")
-        self.pid = starter().ask(dict(command=list(map(str, command)), environment=environment(**changes), ignored=ignored,
-                                      constants=constants, folder=os.getcwd(), out=str(self.out), err=str(self.err)))
+        self.pid = starter().ask(dict(
+            command=list(map(str, command)), environment=environment(**changes), ignored=ignored, constants=constants,
+            folder=os.getcwd(), out=str(self.out), err=str(self.err)))
 
     def said(self):
         return self.out.read_text() if self.out.is_file() else ""
 
     def wait(self):
         """(exit code, what it wrote to stdout, to stderr); no process of its session is left."""
-        starter().wait_for_one([self])
+        _, code = starter().wait_for_one([self])
         wait_until(lambda: not left_behind(session=self.pid))
-        return starter().codes[self.pid], self.said(), self.err.read_text()
+        return code, self.said(), self.err.read_text()
 
 
 def in_ranks(ranks, *command, machines=1):
-    """Run a program of ours on the CPU in several processes, on machines that are played, as torchrun would: if one ends
-    with an error, the others get SIGTERM. Returns the first such exit code or 0, and what all wrote to stdout and stderr."""
+    """Run a program of ours on the CPU in several processes, on machines that are played, as torchrun would.
+
+    Ranks end by themselves, but where local rank 0 reports bad input: the others, which wait for that, are killed then.
+    Returns the exit code of the first that ended with an error or 0, and what all wrote to stdout and to stderr.
+    """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     local = ranks // machines
-    programs = [Program(*command, "--device", "cpu", RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank % local,
-                        LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
-                        TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
-                for rank in range(ranks)]
-    running, first_error = list(programs), 0
+    shared = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
+                  TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
+    programs = [Program(*command, "--device", "cpu", RANK=rank, LOCAL_RANK=rank % local, **shared) for rank in range(ranks)]
+    running, codes = list(programs), []
     while running:
-        ended = starter().wait_for_one(running)
+        ended, code = starter().wait_for_one(running)
         running.remove(ended)
-        code = starter().codes[ended.pid]
-        if code and not first_error:
-            first_error = code
-            for program in running:
-                os.kill(program.pid, signal.SIGTERM)
+        codes.append(code)
+        for program in running if code == 2 else ():
+            os.kill(program.pid, signal.SIGKILL)
     _, out, err = zip(*(program.wait() for program in programs))
-    return first_error, "".join(out), "".join(err)
+    return next(filter(None, codes), 0), "".join(out), "".join(err)
 
 
 def torchrun(ranks, *command, machines=1, flags=()):
     """Run a program of ours in several processes on the CPU, by one launcher for each machine that is played.
 
-    Slow: each process imports torch. Where the launcher is not the point, there is in_ranks(). Returns the first
-    launcher's exit code, and what all wrote to stdout and to stderr.
+    Each process imports torch, which takes seconds: where the launcher is not the point, there is in_ranks(). Returns the
+    first launcher's exit code, and what all wrote to stdout and to stderr.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -161,14 +161,14 @@ def test_a_signal_ends_a_run_that_resumes_exactly(moment, number, fault, iterati
     assert same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("rank, moment, number, fault", [
-    (0, "train", 4, "SIGTERM to the launcher"), (1, "build", 1, "SIGTERM"), (1, "train", 2, "SIGTERM"),
-    (1, "evaluate", 1, "SIGTERM")])
-def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, photos, alone2, tmp_path):
+@pytest.mark.parametrize("rank, moment, number, fault, iteration", [
+    (0, "train", 4, "SIGTERM to the launcher", 4), (1, "build", 1, "SIGTERM", 1), (1, "train", 2, "SIGTERM", 2),
+    (1, "evaluate", 1, "SIGTERM", 3)])
+def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, iteration, photos, alone2, tmp_path):
     launch = torchrun if fault == "SIGTERM to the launcher" else in_ranks
     code, said, errors = sabotaged(2, photos, tmp_path / "run", rank, moment, number, fault, "--workers", 1, launch=launch)
     assert code == (1 if launch == torchrun else 75) and "SIGKILL" not in errors         # after torchrun's 30 seconds
-    iteration = load(tmp_path / "run" / "last.pt")["iteration"]
+    assert load(tmp_path / "run" / "last.pt")["iteration"] == iteration
     assert said.splitlines()[-1].startswith(f"preempted at iteration {iteration};")
     code, _, errors = in_ranks(2, ROOT / "train.py", "--resume", tmp_path / "run")
     assert code == 0, errors
