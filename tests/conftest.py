@@ -89,7 +89,11 @@ class Starter:
         command = [sys.executable, ROOT / "tests" / "starter.py"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         env=environment(), start_new_session=True)
-        atexit.register(self.process.communicate)                            # it ends with its input
+        atexit.register(self.stop)
+
+    def stop(self):          # data-loading workers may hold its stdin: it does not end with that
+        self.process.terminate()
+        self.process.communicate()
 
     def ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -144,7 +148,8 @@ def in_ranks(ranks, *command, machines=1):
     local = ranks // machines
     shared = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
                   TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
-    programs = [Program(*command, "--device", "cpu", RANK=rank, LOCAL_RANK=rank % local, **shared) for rank in range(ranks)]
+    programs = [Program(*command, "--device", "cpu", RANK=rank, LOCAL_RANK=rank % local, **shared)
+                for rank in range(ranks)]
     running, codes = list(programs), []
     while running:
         ended, code = starter().wait_for_one(running)
@@ -159,8 +164,8 @@ def in_ranks(ranks, *command, machines=1):
 def torchrun(ranks, *command, machines=1, flags=()):
     """Run a program of ours in several processes on the CPU, by one launcher for each machine that is played.
 
-    Each process imports torch, which takes seconds: where the launcher is not the point, there is in_ranks(). Returns the
-    first launcher's exit code, and what all wrote to stdout and to stderr.
+    Each process imports torch, which takes seconds: where the launcher is not the point, there is in_ranks(). Returns
+    the first launcher's exit code, and what all wrote to stdout and to stderr.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -1,7 +1,7 @@
 """Starts programs in a moment: a process that has imported torch forks, and the child becomes the program.
 
-A request is a line of JSON on stdin. dict(command, environment, folder, out, err, ignored, constants) is answered by the
-child's process id, null by [process id, exit code] of the next child that ends.
+A request is a line of JSON on stdin. dict(command, environment, folder, out, err, ignored, constants) is answered by
+the child's process id, null by [process id, exit code] of the next child that ends.
 """
 import atexit
 import gc
@@ -44,9 +44,8 @@ for number in (signal.SIGTERM, signal.SIGHUP):
 signal.signal(signal.SIGINT, signal.default_int_handler)                 # as Python starts
 for name in request["ignored"]:
     signal.signal(signal.Signals[name], signal.SIG_IGN)
-appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], appending), (2, request["err"], appending)):
-    file = os.open(path, mode)
+for number, path in enumerate((os.devnull, request["out"], request["err"])):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY)
     os.dup2(file, number)
     os.close(file)
 os.chdir(request["folder"])
