@@ -5,7 +5,6 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -82,24 +81,36 @@ def environment(**changes):
 
 
 class Starter:
-    """starter.py, which forks our programs, and the exit codes of those that have ended."""
+    """starter.py, which forks our programs; their process ids, and the exit codes of those that have ended."""
 
     def __init__(self):
-        self.codes = {}
+        self.pids, self.codes = [], {}
         command = [sys.executable, ROOT / "tests" / "starter.py"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         env=environment(), start_new_session=True)
         atexit.register(self.stop)
 
-    def stop(self):          # data-loading workers may hold its stdin: it does not end with that
+    def stop(self):
+        """End it, for which its stdin is not enough, as data-loading workers may hold that, and what tests left."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.terminate()
         self.process.communicate()
 
     def ask(self, request):
         print(json.dumps(request), file=self.process.stdin, flush=True)
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
-        assert ready, "a program does not end"
+        if not ready:
+            starter.cache_clear()                                            # other tests get another one
+            self.stop()
+            pytest.fail("a program does not end")
         return json.loads(self.process.stdout.readline())
+
+    def start(self, **request):
+        self.pids.append(self.ask(request))
+        return self.pids[-1]
 
     def wait_for_one(self, programs):
         """(program, exit code) of the first of some programs that ends."""
@@ -124,9 +135,9 @@ class Program:
     def __init__(self, *command, out=None, ignored=(), constants={}, **changes):
         self.folder = tempfile.TemporaryDirectory()
         self.out, self.err = Path(out or Path(self.folder.name, "out")), Path(self.folder.name, "err")
-        self.pid = starter().ask(dict(
+        self.pid = starter().start(
             command=list(map(str, command)), environment=environment(**changes), ignored=ignored, constants=constants,
-            folder=os.getcwd(), out=str(self.out), err=str(self.err)))
+            folder=os.getcwd(), out=str(self.out), err=str(self.err))
 
     def said(self):
         return self.out.read_text() if self.out.is_file() else ""
@@ -138,13 +149,18 @@ class Program:
         return code, self.said(), self.err.read_text()
 
 
+def free_store():
+    """Where ranks or launchers meet, at a port that nobody else can take in between."""
+    return torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
 def in_ranks(ranks, *command, machines=1):
     """Run a program of ours on the CPU in several processes, on machines that are played, as torchrun would.
 
     Ranks end by themselves, but where local rank 0 reports bad input: the others, which wait for that, are killed then.
     Returns the exit code of the first that ended with an error or 0, and what all wrote to stdout and to stderr.
     """
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = free_store()
     local = ranks // machines
     shared = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
                   TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
@@ -167,12 +183,10 @@ def torchrun(ranks, *command, machines=1, flags=()):
     Each process imports torch, which takes seconds: where the launcher is not the point, there is in_ranks(). Returns
     the first launcher's exit code, and what all wrote to stdout and to stderr.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store = free_store()
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}",
-                f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-                "--local_addr=localhost", *flags]
+                f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", "--rdzv_conf=is_host=0",
+                f"--rdzv_endpoint=localhost:{store.port}", "--local_addr=localhost", *flags]
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment(),
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
     out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
