@@ -189,7 +189,11 @@ def torchrun(ranks, *command, machines=1, flags=()):
                 f"--rdzv_endpoint=localhost:{store.port}", "--local_addr=localhost", *flags]
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment(),
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
-    out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
+    try:
+        out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
+    finally:
+        for process in running:
+            process.terminate()                                              # if it has not ended
     return running[0].returncode, "".join(out), "".join(err)
 
 
