@@ -5,12 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 import train
-from conftest import ROOT, SMALL
+from conftest import DEADLINE, ROOT, SMALL, wait_until
 from experiments import report, results
 from experiments.ladder import PUBLISHED, VARIANTS
 
@@ -26,7 +25,7 @@ ladder.FLAGS = {" ".join(SMALL)!r}
 ladder.main()
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return process.communicate(timeout=100)[0] if wait else process
+    return process.communicate(timeout=DEADLINE)[0] if wait else process
 
 
 def rows(tmp_path):
@@ -55,22 +54,16 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
 @pytest.mark.slow
 def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
     process = ladder(tmp_path, "shapes", 1, wait=False)
-    for _ in range(600):
-        if len(list((tmp_path / "runs").glob("*/config.json"))) == 2:
-            break
-        time.sleep(0.1)
+    wait_until(lambda: len(list((tmp_path / "runs").glob("*/config.json"))) == 2)
     os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=100)[0]
+    said = process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 1 and said.count("not finished, see") == 2 and not (tmp_path / "runs" / "rows.jsonl").exists()
     logs = list((tmp_path / "runs").glob("*/log.txt"))
     assert all("preempted at iteration" in log.read_text() for log in logs)
     process = ladder(tmp_path, "shapes", 1, wait=False)
-    for _ in range(600):
-        if all("resume  " in log.read_text() for log in logs):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: all("resume  " in log.read_text() for log in logs))
     process.terminate()
-    process.communicate(timeout=100)
+    process.communicate(timeout=DEADLINE)
     assert all(re.search(r"resume  .* at iteration \d+ of", log.read_text()) for log in logs)
 
 

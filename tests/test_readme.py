@@ -11,7 +11,7 @@ import torch
 
 import model
 import train
-from conftest import ROOT, SMALL
+from conftest import DEADLINE, ROOT, SMALL
 from downstream import segment
 from experiments import report
 from model import STEPS, VisionTransformer, config
@@ -133,7 +133,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
         (tmp_path / "images" / name[:3]).mkdir(parents=True)
         shutil.copy(photos / "val" / "cat" / "00.png", tmp_path / "images" / name[:3] / f"{name}.png")
     ended = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT), PATH="/usr/bin:/bin"),
-                           capture_output=True, text=True, timeout=200)
+                           capture_output=True, text=True, timeout=DEADLINE)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "ladder-3", "cue", "collapse.jsonl", "leak.jsonl", "properties.jsonl", "shape-bias.jsonl"}

@@ -476,7 +476,6 @@ def test_a_fine_tuning_run_resumes_from_its_own_checkpoint(photos, finished, mon
     assert equal(torch.load(tmp_path / "run" / "last.pt", weights_only=True), alone)
 
 
-@pytest.mark.slow
 def test_transfer_at_224_works_by_flags_alone(photos, tmp_path, capsys):
     torch.save(VisionTransformer(config("tiny")).state_dict(), tmp_path / "imagenet.pth")
     flags = "--recipe basic --batch-size 8 --lr 2e-3 --epochs 1 --warmup-epochs 1 --soft-mask-schedule linear --soft-mask-epochs 1"
