@@ -3,6 +3,7 @@ import atexit
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -140,13 +141,18 @@ class Program:
             folder=os.getcwd(), out=str(self.out), err=str(self.err))
 
     def said(self):
-        return self.out.read_text() if self.out.is_file() else ""
+        return without_gloo(self.out.read_text()) if self.out.is_file() else ""
 
     def wait(self):
         """(exit code, what it wrote to stdout, to stderr); no process of its session is left."""
         _, code = starter().wait_for_one([self])
         wait_until(lambda: not left_behind(session=self.pid))
         return code, self.said(), self.err.read_text()
+
+
+def without_gloo(text):
+    """Without the lines that torch itself prints for each rank of a gloo group, in versions from 2.8 to 2.10 at least."""
+    return re.sub(r"^\[Gloo\] Rank .*\n", "", text, flags=re.M)
 
 
 def free_store():
@@ -194,7 +200,7 @@ def torchrun(ranks, *command, machines=1, flags=()):
     finally:
         for process in running:
             process.terminate()                                              # if it has not ended
-    return running[0].returncode, "".join(out), "".join(err)
+    return running[0].returncode, without_gloo("".join(out)), "".join(err)
 
 
 def left_behind(mark=None, session=None):
