@@ -99,7 +99,7 @@ def open_val(source, checkpoint, model, data=None):
     return val
 
 
-def add_flags(parser):
+def add_eval_flags(parser):
     """The flags that programs share which evaluate a model."""
     parser.add_argument("--data", type=nonempty, help="a data set or a folder with val/CLASS/IMAGE; default: the run's")
     parser.add_argument("--soft-mask", type=float, help="alpha for the checkpoint's, from 1 (bidirectional) to 0")
@@ -112,7 +112,7 @@ def add_flags(parser):
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt, or published weights")
-    add_flags(parser)
+    add_eval_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     parser.add_argument("--image", type=nonempty, help="classify this image alone: print its five most likely classes")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")

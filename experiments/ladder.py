@@ -4,7 +4,7 @@
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
     python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
 
-A finished run appends its last line of metrics to rows.jsonl in --out, the step as its `step`, and its folder stays.
+A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder stays.
 All run on the CPU, so that their rows compare. results/ladder.jsonl holds the rows that the README shows.
 """
 import json
@@ -50,18 +50,18 @@ VARIANTS = {
     # Variants
     "modified": Variant("class token first, and it alone attends to all", "rmsnorm", "--step rmsnorm --mask modified"),
     "rope_alone": Variant("RoPE instead of learned positions, no causal mask", "rmsnorm",
-                       "--step rmsnorm --rope --no-abs-pos"),
+                          "--step rmsnorm --rope --no-abs-pos"),
     "soft_first": Variant("class token first, `soft` at alpha 0 from the start: the **leak**", "causal",
-                       "--step rmsnorm --mask soft --soft-mask-epochs 0"),
+                          "--step rmsnorm --mask soft --soft-mask-epochs 0"),
     "soft_constant": Variant("alpha 1 for an epoch, then 0 at once", "soft_mask",
-                          "--step soft_mask --soft-mask-schedule constant"),
+                             "--step soft_mask --soft-mask-schedule constant"),
     "soft_log": Variant("a soft mask that does not leak", "soft_mask", "--step soft_mask --mask soft_log"),
 }
 PUBLISHED = [json.loads(line) for line in (ROOT / "results" / "published-tables.jsonl").read_text().splitlines()]
 for row in PUBLISHED:                     # Table 17, and Table 1 for `modified`
     if row["row"] in VARIANTS:
         VARIANTS[row["row"]] = replace(VARIANTS[row["row"]], published=row["tiny"], published_loss=row["tiny_loss"],
-                                    published_base=row["base"], published_base_loss=row["base_loss"])
+                                       published_base=row["base"], published_base_loss=row["base_loss"])
 
 
 def flags_of(step):

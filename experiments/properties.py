@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import Images, eval_batches, eval_transform, loader, normalize
-from eval import add_flags, evaluate, open_model, open_val, predict, score
+from eval import add_eval_flags, evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors, require, shorten
@@ -319,7 +319,7 @@ def parser_of_checkpoints(program, description):
     """The flags of programs that measure a row for each checkpoint."""
     parser = Parser(prog=f"python -m experiments.{program}", description=description, allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
-    add_flags(parser)
+    add_eval_flags(parser)
     parser.add_argument("--out", help="append the rows to this file")
     return parser
 

@@ -237,12 +237,13 @@ class RunFolder:
     def announce(self, usual, machine, device, train, val, micro_batch, notes, epochs, per_epoch, period="epoch"):
         """Print what the run is, how and where, and what it starts from. `usual` is the recipe before flags changed it,
         `notes` say what had to be adapted of the weights; an epoch, or another period, ends with an evaluation."""
-        run, recipe, cfg, world = (self.settings[name] for name in ("run", "recipe", "config", "ranks"))
+        run, recipe, world = (self.settings[name] for name in ("run", "recipe", "ranks"))
+        cfg = Config(**self.settings["config"])
         head = f", head {recipe['head']}" if "head" in recipe else ""
-        changes = overrides(Config(**cfg), run["size"], run["step"])
-        print_rank0(f"model   {run['size']}, step {run['step']}{flags_of(changes)}{head}: {self.n_parameters:,} "
-                    f"parameters, {cfg['img_size']} x {cfg['img_size']} pixels in patches of {cfg['patch_size']}, "
-                    f"{Config(**cfg).tokens} tokens, mask {cfg['mask']}")
+        changes = flags_of(overrides(cfg, run["size"], run["step"]))
+        print_rank0(f"model   {run['size']}, step {run['step']}{changes}{head}: {self.n_parameters:,} parameters, "
+                    f"{cfg.img_size} x {cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, "
+                    f"mask {cfg.mask}")
         print_rank0(f"data    {run['data']}: {len(train):,} images to train, {len(val):,} to test, "
                     f"{len(train.classes)} classes")
         parts = (plural(world, "rank"), plural(recipe["batch_size"] // world // micro_batch, "micro-batch", "es"),
