@@ -9,8 +9,8 @@
 A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line per
 epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
 
-Runs are deterministic. Workers and resuming do not change results. The number of ranks changes rounding and
-augmentation draws. SIGTERM, SIGINT and SIGHUP make a run save itself and end with exit code 75.
+Runs are deterministic, on GPUs with --deterministic. Workers and resuming do not change results. The number of ranks
+changes rounding and augmentation draws. SIGTERM, SIGINT and SIGHUP make a run save itself and end with exit code 75.
 """
 if __name__ == "__main__":
     import harness.interrupt  # noqa: F401, first

@@ -1,14 +1,15 @@
-"""How fast a training step and inference are, and how much memory training takes, beside models of others.
+"""How fast a training step and inference are, and how much memory they take, beside models of others.
 
-    pip install --no-deps timm==0.5.4
+    pip install --no-deps timm==0.5.4                                # or any other version, which the rows name
     python -m benchmarks.bench_model --out out/training.jsonl
+    python -m benchmarks.bench_model --device cuda --sizes base --dtypes bfloat16 --batch-sizes 128
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
 is the median of the turns. `peak` is the fraction of the peak matmul throughput, measured between them: 2
 (inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
-`saved_mb` is the activation memory (saved for backward), in 10^6 bytes.
+`saved_mb` is the activation memory (saved for backward); `step_mb`, on a GPU, the most memory that a step takes beside
+the weights; both in 10^6 bytes.
 """
-import argparse
 import importlib
 import itertools
 import statistics
@@ -21,10 +22,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from experiments.properties import multiply_accumulates
-from harness.processes import wrap
+from experiments.properties import multiply_accumulates, one_process
+from harness.flags import InputError, Parser, check_bounds, report_errors, require
+from harness.processes import DEVICES, processor, wrap
 from harness.run import Machine, append_row
-from model import VisionTransformer, config
+from model import SIZES, VisionTransformer, config
+
+DTYPES = ("float32", "tf32", "bfloat16", "float16")                  # tf32: float32 with TF32 in matrix multiplications
 
 
 def medians_in_turns(ways, repeats, warm_up=0):
@@ -39,115 +43,159 @@ def medians_in_turns(ways, repeats, warm_up=0):
 
 
 def peer(module):
-    """A module of timm, without the warnings that so old a package gives."""
+    """A module of timm, without the warnings that an old one gives."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
-    except ImportError:
-        sys.exit("error: timm is missing: pip install --no-deps timm==0.5.4")
+    except ImportError as error:
+        raise InputError("timm is missing: pip install --no-deps timm==0.5.4, or leave it out of --models") from error
 
 
-def illama(size="tiny", **fields):
-    def build(img_size):
-        model = VisionTransformer(config(size, img_size=img_size, **fields))
-        if model.cfg.soft:
-            model.set_soft_mask(0.5)
-        return model
-    return build
+def build_timm(size, img_size):
+    return peer("timm").create_model(f"vit_{size}_patch16_224", img_size=img_size)
 
 
-MODELS = {  # name: how it is built, for an image size
-    "timm vit": lambda img_size: peer("timm").create_model("vit_tiny_patch16_224", img_size=img_size),
-    "vit": illama(step="vit"),
-    "bidirectional": illama(mask="none"),
-    "causal": illama(step="abs_pos"),
-    "soft": illama(),
-    "soft_log": illama(mask="soft_log"),
-    "soft recompute": illama(),
-    "torchvision base": lambda img_size: torchvision.models.vit_b_16(image_size=img_size),
-    "soft base": illama("base"),
+def build_torchvision(size, img_size):
+    require(size in ("base", "large"), f"torchvision has no ViT of size {size}: leave it out of --models or --sizes")
+    return getattr(torchvision.models, f"vit_{size[0]}_16")(image_size=img_size)
+
+
+def build_illama(size, img_size, **fields):
+    model = VisionTransformer(config(size, img_size=img_size, **fields))
+    if model.cfg.soft:
+        model.set_soft_mask(0.5)
+    return model
+
+
+MODELS = {  # name: how it is built, for a size and an image size
+    "timm": build_timm,
+    "torchvision": build_torchvision,
+    "vit": partial(build_illama, step="vit"),
+    "none": partial(build_illama, mask="none"),
+    "causal": partial(build_illama, mask="causal"),
+    "soft": build_illama,
+    "soft_log": partial(build_illama, mask="soft_log"),
+    "soft, recompute": build_illama,
 }
 
 
-def forward(model, images, labels, dtype):
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return F.cross_entropy(model(images), labels)
+class Contender:
+    """A model, and a batch that it is timed on."""
+
+    def __init__(self, name, size, dtype, compiled, img_size, batch_size, training, device):
+        self.model = MODELS[name](size, img_size).to(device).train(training)
+        machine = Machine(compile=bool(compiled), recompute="recompute" in name)
+        wrap(self.model, getattr(self.model, "blocks", []), machine, world=1)
+        self.images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+        self.labels = torch.randint(1000, (batch_size,), device=device)
+        self.dtype, self.training, self.device = dtype, training, device
+        for _ in range(2):                                           # compiles it
+            self.run()
+
+    def loss(self):
+        use_tf32(self.dtype == "tf32")
+        low = self.dtype in ("bfloat16", "float16")
+        with torch.autocast(self.device.type, getattr(torch, self.dtype) if low else torch.float32, enabled=low):
+            return F.cross_entropy(self.model(self.images), self.labels)
+
+    def run(self):
+        """A training step without the optimizer's update, or inference."""
+        if self.training:
+            self.loss().backward()
+            self.model.zero_grad()
+        else:
+            with torch.no_grad():
+                self.loss()
+        synchronize(self.device)
+
+    def memory(self):
+        """What a row says of it."""
+        found = {}
+        if self.training:
+            found["saved_mb"] = round(self.saved_for_backward() / 1e6, 1)
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run()
+            found["step_mb"] = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+        return found
+
+    def saved_for_backward(self):
+        """Bytes of the tensors that a forward pass keeps for the backward pass, weights and tables not counted."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        saved = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.loss()          # kept, or the tensors would go, and others could take their addresses
+        del loss
+        return sum(saved.values())
 
 
-@torch.no_grad()
-def inference(model, *batch):
-    forward(model, *batch)
+def use_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
-def training_step(model, *batch):
-    forward(model, *batch).backward()
-    model.zero_grad()
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def saved_for_backward(model, *batch):
-    """Bytes of the tensors that a forward pass keeps for the backward pass, weights and tables not counted."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    saved = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward(model, *batch)   # kept, or the tensors would go, and others could take their addresses
-    del loss
-    return sum(saved.values())
-
-
-def matmul(a, b):
+def matmul(a, b, tf32):
+    use_tf32(tf32)
     for _ in range(4):
         a @ b
+    synchronize(a.device)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@report_errors()
+def main(argv=None):
+    parser = Parser(prog="python -m benchmarks.bench_model", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=MODELS,
-                        default=["timm vit", "vit", "causal", "soft", "soft_log", "soft recompute"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="and bfloat16, which a CPU may emulate")
-    parser.add_argument("--compile", nargs="+", type=int, default=[0, 1])
+                        default=["timm", "vit", "causal", "soft", "soft_log", "soft, recompute"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--compile", nargs="+", type=int, choices=(0, 1), default=[0, 1])
     parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inference", action="store_true", help="a forward pass, not a training step")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
     parser.add_argument("--out", help="append the rows to this file as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    device = one_process(args.device)
 
     torch._dynamo.config.recompile_limit = 100             # all models share one forward's code, and stay compiled
     torch.manual_seed(0)
-    ways, rows, n = {}, {}, 2048
+    n = 8192 if device.type == "cuda" else 2048            # large enough for all of its throughput
+    names = ("model", "size", "dtype", "compiled", "img_size", "batch_size")
+    ways, rows = {}, {}
     for dtype in args.dtypes:
-        ways[dtype] = partial(matmul, *torch.randn(2, n, n).to(getattr(torch, dtype)))
-    for key in itertools.product(args.models, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
-        name, dtype, compiled, img_size, batch_size = key
-        model = MODELS[name](img_size).train(not args.inference)
-        machine = Machine(compile=bool(compiled), recompute="recompute" in name)
-        net = wrap(model, getattr(model, "blocks", []), machine, world=1)
-        images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(1000, (batch_size,))
-        batch = images, labels, getattr(torch, dtype)
-        ways[key] = partial(inference if args.inference else training_step, net, *batch)
-        rows[key] = dict(model=name, dtype=dtype, compiled=bool(compiled), img_size=img_size, batch_size=batch_size,
-                         training=not args.inference)
-        for _ in range(2):
-            ways[key]()
-        if not args.inference:
-            rows[key]["saved_mb"] = round(saved_for_backward(model, *batch) / 1e6, 1)
+        a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype.replace("tf32", "float32")))
+        ways[dtype] = partial(matmul, a, b, dtype == "tf32")
+    for key in itertools.product(args.models, args.sizes, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
+        contender = Contender(*key, not args.inference, device)
+        row = dict(zip(names, key)) | dict(compiled=bool(key[3]), training=not args.inference)
+        rows[key] = row | contender.memory()
+        ways[key] = contender.run
         print(f"ready: {rows[key]}", file=sys.stderr)
 
-    seconds = medians_in_turns(ways, args.repeats)
+    seconds = medians_in_turns(ways, args.repeats, warm_up=1)
+    versions = dict(device=processor(device), torch=torch.__version__)
+    if "timm" in args.models:
+        versions["timm"] = peer("timm").__version__
     for key, row in rows.items():
-        name, dtype, _, img_size, batch_size = key
-        cfg = config("base" if name.endswith("base") else "tiny", img_size=img_size)
-        work = (2 if args.inference else 6) * multiply_accumulates(cfg)["published"]
-        rate, peak = batch_size / seconds[key], 4 * 2 * n ** 3 / seconds[dtype]
+        macs = multiply_accumulates(config(row["size"], img_size=row["img_size"]))["published"]
+        work = (2 if args.inference else 6) * macs
+        rate, peak = row["batch_size"] / seconds[key], 4 * 2 * n ** 3 / seconds[row["dtype"]]
         append_row(row | dict(images_per_s=round(rate, 3), peak=round(rate * work / peak, 3),
-                              matmul_gflops=round(peak / 1e9)), args.out)
+                              matmul_gflops=round(peak / 1e9), **versions), args.out)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m experiments.ladder               # stopped and started again, it continues
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
     python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
+    python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4    # at length, several runs at once on a GPU
 
 A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder stays.
-All run on the CPU, so that their rows compare. results/ladder.jsonl holds the rows that the README shows.
+results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare.
 """
 import json
 import os
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from data import open_data
 from harness.flags import Parser, check_bounds, report_errors
-from harness.processes import default_workers, stop_on_signals, stop_requests
+from harness.processes import DEVICES, default_workers, stop_on_signals, stop_requests
 
 ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
-FLAGS = ("--size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size 64 --lr 1e-3 "
-         "--dtype bfloat16 --compile --workers 0 --device cpu")
+FLAGS = ("--recipe small-data --size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size 64 --lr 1e-3 "
+         "--dtype bfloat16 --compile")
+# Size T itself, for a GPU. RandAugment is left out, for which the cores beside it would have to work longer than it does.
+LONG = ("--recipe small-data --size tiny --patch-size 4 --batch-size 512 --micro-batch 512 --lr 1e-3 --drop-path 0.1 "
+        "--mixup 0.8 --cutmix 1.0 --erasing 0.25 --dtype bfloat16 --compile")
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,25 @@ def title_of(step):
     return flags_of(step).removeprefix("--step ")
 
 
-def train(folder, command, jobs):
+def long_flags(step, epochs):
+    """LONG, with a warm-up of 1/20 of the epochs, and 1/6 for the soft mask, as published for size T."""
+    flags = [*LONG.split(), "--warmup-epochs", str(epochs // 20)]
+    if "soft" in step:
+        flags += ["--soft-mask-epochs", str(epochs // 6)]
+    return flags
+
+
+def train(folder, command, jobs, device):
     """A run, from where it stands to its end, in a process of its own. Returns its exit code, or None if not begun."""
     if stop_requests:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, default_workers() // jobs)))
+    cores = max(1, default_workers() // jobs)
+    environment = os.environ | dict(OMP_NUM_THREADS=str(cores))
+    machine = ["--device", device, "--workers", "0" if device == "cpu" else str(cores)]
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen([sys.executable, *command, "--out", folder, "--resume"], stdout=log, stderr=log,
-                                   env=environment)
+        process = subprocess.Popen([sys.executable, *command, *machine, "--out", folder, "--resume"], stdout=log,
+                                   stderr=log, env=environment)
     while process.poll() is None:
         time.sleep(0.2)
         if stop_requests:
@@ -93,22 +107,24 @@ def read_rows(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def train_all(runs, out, jobs, curve=False):
-    """Runs {name: (command, fields that its row gets)}, so many at a time, but those that have their row in rows.jsonl
+def train_all(runs, args, curve=False):
+    """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have their row in rows.jsonl
     already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
-    table, left = out / "rows.jsonl", {}
+    table, left = args.out / "rows.jsonl", {}
     done = read_rows(table)
     for name, (command, fields) in runs.items():
         fields = fields | dict(flags=" ".join(map(str, command[1:])))
         if not any(row.items() >= fields.items() for row in done):
             left[name] = command, fields
+    jobs = max(1, min(args.jobs, len(left)))
     print(f"{len(left)} runs to do, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(train, out / name, command, jobs): name for name, (command, _) in left.items()}
+        futures = {pool.submit(train, args.out / name, command, jobs, args.device): name
+                   for name, (command, _) in left.items()}
         for future in as_completed(futures):
             name = futures[future]
             if future.result() == 0:
-                epochs = read_rows(out / name / "metrics.jsonl")
+                epochs = read_rows(args.out / name / "metrics.jsonl")
                 row = epochs[-1] | left[name][1]
                 if curve:
                     row["acc1_by_epoch"] = [epoch["test_acc1"] for epoch in epochs]
@@ -117,7 +133,7 @@ def train_all(runs, out, jobs, curve=False):
                 print(f"{name}: {row['test_acc1']:.2f} %", flush=True)
             elif future.result() is not None:
                 stop_requests.append("a run that failed")               # the others save themselves, too
-                print(f"{name}: not finished, see {out / name / 'log.txt'}", flush=True)
+                print(f"{name}: not finished, see {args.out / name / 'log.txt'}", flush=True)
     return not stop_requests
 
 
@@ -127,9 +143,10 @@ def parser_of_runs(program, description, out=None):
     parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of each run")
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
     parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their rows"
-                        + ("" if out else "; default: out/ladder-EPOCHS"))
+                        + ("" if out else "; default: out/ladder-EPOCHS, out/ladder-long-EPOCHS"))
     return parser
 
 
@@ -146,13 +163,17 @@ def parse_runs(parser, argv):
 def main(argv=None):
     parser = parser_of_runs("ladder", __doc__.splitlines()[0])
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--long", action="store_true", help="size T, for a GPU and more epochs")
     args = parse_runs(parser, argv)
-    args.out = args.out or Path("out", f"ladder-{args.epochs}")
-    flags = [ROOT / "train.py", "--data", args.data, *FLAGS.split(), "--epochs", str(args.epochs)]
-    runs = {f"{step}-{seed}": ([*flags, *flags_of(step).split(), "--seed", str(seed)],
-                               dict(step=step, seed=seed, epoch=args.epochs - 1))
-            for seed in range(args.seeds) for step in args.steps}
-    sys.exit(0 if train_all(runs, args.out, args.jobs) else 1)
+    args.out = args.out or Path("out", f"ladder-long-{args.epochs}" if args.long else f"ladder-{args.epochs}")
+    runs = {}
+    for seed in range(args.seeds):
+        for step in args.steps:
+            flags = long_flags(step, args.epochs) if args.long else FLAGS.split()
+            command = [ROOT / "train.py", "--data", args.data, *flags, "--epochs", str(args.epochs),
+                       *flags_of(step).split(), "--seed", str(seed)]
+            runs[f"{step}-{seed}"] = command, dict(step=step, seed=seed, epoch=args.epochs - 1)
+    sys.exit(0 if train_all(runs, args, curve=args.long) else 1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A table stands between the marks <!-- NAME --> and <!-- end -->, and PARTS says 
 tables without marks, are written by hand.
 """
 import re
+from functools import partial
 from statistics import fmean, stdev
 
 import torch
@@ -14,6 +15,7 @@ from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TR
                                  comparisons, matching, read_by, rows, seeds_of, segmented)
 from experiments.transfer import PERCENT
 from model import VisionTransformer, config
+from train import RECIPES
 
 
 def plus_minus(values, digits=1):
@@ -227,67 +229,67 @@ def select_table():
                   for start, what in starts.items()])
 
 
+def long_table():
+    """The ladder at length, which needs a GPU: experiments.ladder --long."""
+    if not (ROOT / "results" / "ladder-long.jsonl").exists():
+        return "Not run yet."
+    found = by_step("ladder-long")
+    first = rows("ladder-long")[0]
+    return table(f"CIFAR-10, size T, {first['epoch'] + 1} epochs, {first['time_device']} | seeds | top-1, %", [
+        [f"`{title_of(step)}`", str(len(found[step])), " / ".join(f"{acc1:.1f}" for _, acc1 in sorted(found[step].items()))]
+        for step in VARIANTS if step in found])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed and memory
 
 
-NAMES = {"timm vit": "timm 0.5.4's ViT-T", "vit": "our ViT-T", "torchvision base": "torchvision's vit_b_16",
-         "soft base": "iLLaMA-B, mask `soft`", "soft recompute": "iLLaMA-T, mask `soft`, `--recompute`"}
+IMAGES = {"in1k": 1_281_167, "in21k": 11_060_223}        # to train, in an epoch
 
 
-def title(name):
-    return NAMES.get(name, f"iLLaMA-T, mask `{name}`")
-
-
-def tokens(img_size):
-    return f"{config('tiny', img_size=img_size).tokens:,}"
-
-
-def speed(run, name, **fields):
-    """Images/s of a model in a run of bench_model.py at 224 pixels."""
-    return matching(f"bench_model/{run}", model=name, img_size=224, **fields)[0]["images_per_s"]
-
-
-def ratios(heading, run, names, dtypes=("float32",)):
-    """A table of images/s: that of the first of the names, and the others' as multiples of it."""
-    columns = [dict(dtype=dtype, compiled=compiled) for dtype in dtypes for compiled in (False, True)]
-    first = [speed(run, names[0], **column) for column in columns]
-    body = [[title(names[0]), *(f"{rate:.1f} images/s" for rate in first)]]
-    for name in names[1:]:
-        rates = [speed(run, name, **column) for column in columns]
-        body.append([title(name), *(f"{rate / peer:.2f} x" for rate, peer in zip(rates, first))])
-    titles = " | ".join(f"{dtype}, {way}" for dtype in dtypes for way in ("eager", "compiled"))
-    return table(f"{heading} | {titles}", body)
-
-
-def speed_table():
-    tiny = ["timm vit", "vit", "causal", "soft", "soft_log"]
-    return "\n\n".join([
-        ratios("training step, 224 pixels, batch 16", "training", [*tiny, "soft recompute"]),
-        ratios("inference, 224 pixels, batch 16", "inference", tiny),
-        ratios("training step, 224 pixels, batch 4", "base", ["torchvision base", "soft base"],
-               ["float32", "bfloat16"])])
-
-
-def memory_table():
+def hours_table():
+    """How long the published recipes take, by what they train on."""
     body = []
-    for name in ("timm vit", "vit", "causal", "soft_log", "soft", "soft recompute"):
-        saved = [matching(f"bench_model/{run}", model=name, compiled=compiled)[0]["saved_mb"]
-                 for run in ("training", "training-384") for compiled in (False, True)]
-        body.append([title(name), *(f"{mb:,.0f} MB" for mb in saved)])
-    return table("activation memory (saved for backward), float32 | 224 pixels, batch 16, eager | compiled "
-                 "| 384 pixels, batch 8, eager | compiled", body)
+    for name in list(RECIPES)[2:12]:
+        recipe = RECIPES[name]
+        images = recipe.epochs * IMAGES["in21k" if name.endswith("in21k") else "in1k"]
+        body.append([f"`{name}`", str(recipe.img_size), str(recipe.epochs), f"{images / 1e6:,.0f} million",
+                     f"{images / 1000 / 3600:,.0f}"])
+    return table("recipe | pixels | epochs | images | hours at 1,000 images/s", body)
 
 
-def growth_table():
-    body = []
-    for img_size in (224, 384, 512):
-        found = [matching("bench_model/tokens", model=name, img_size=img_size)[0]
-                 for name in ("soft", "causal", "timm vit")]
-        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *(f"{row['images_per_s']:.1f}" for row in found),
-                     *(f"{row['saved_mb'] / 4:.0f} MB" for row in found)])
-    return table("iLLaMA-T, training, float32, compiled, batch 4 | images/s, mask `soft` | `causal` | timm's ViT-T "
-                 "| activation memory per image, `soft` | `causal` | timm's", body)
+MEASURED = dict(  # what sets two measurements of bench_model.py apart, in words
+    training=lambda on: "training" if on else "inference", size="size {}".format, dtype=str,
+    img_size=lambda side: f"{config(img_size=side).tokens:,} tokens", batch_size="batch {}".format,
+    compiled=lambda on: "compiled" if on else "eager")
+
+
+def measured_table(run, what, cell):
+    """A line per model and a column for each way to run it. `cell` makes the text of a row and its column's first."""
+    found = [row for row in rows(f"speed/{run}") if what in row]
+    varies = [name for name in MEASURED if len({row[name] for row in found}) > 1]
+    common = [words(found[0][name]) for name, words in MEASURED.items() if name not in varies]
+    columns, models = {}, {}
+    for row in found:
+        column = ", ".join(MEASURED[name](row[name]) for name in varies)
+        columns.setdefault(column, []).append(row)
+        models.setdefault(row["model"], {})[column] = row
+    body = [[model, *(cell(of[column], columns[column][0]) if column in of else "" for column in columns)]
+            for model, of in models.items()]
+    return table(f"{', '.join([*common, found[0]['device']])} | {' | '.join(columns)}", body)
+
+
+def speed_table(run):
+    """Images/s of the first model, and the others' as multiples of it."""
+    def cell(row, first):
+        rate = row["images_per_s"]
+        return f"{rate:,.{0 if rate > 100 else 2}f} images/s" if row is first else f"{rate / first['images_per_s']:.2f} x"
+    return measured_table(run, "images_per_s", cell)
+
+
+def memory_table(run):
+    """Activation memory of the batch."""
+    return measured_table(run, "saved_mb", lambda row, _: f"{row['saved_mb']:,.0f} MB")
 
 
 def macs_table():
@@ -299,33 +301,21 @@ def macs_table():
     return table("multiply-accumulates | as the authors count | as run | causal at best", body)
 
 
-def mask_table():
-    body = []
-    for img_size in (224, 512, 1024):
-        cells = []
-        for training in (True, False):
-            full, causal = (matching("bench_model/mask", model=name, img_size=img_size, training=training)[0]
-                            for name in ("bidirectional", "causal"))
-            cells += [f"{full['images_per_s']:.2f} images/s", f"{causal['images_per_s'] / full['images_per_s']:.2f} x"]
-        saved = matching("bench_model/mask", model="causal", img_size=img_size, training=True)[0]["saved_mb"]
-        body.append([f"{tokens(img_size)} tokens ({img_size} pixels)", *cells, f"{saved:,.0f} MB"])
-    return table("size T, float32, compiled, batch 1 | training, bidirectional | `causal` | inference, bidirectional "
-                 "| `causal` | activation memory of `causal`", body)
-
-
 PARTS = dict(
     results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
     anytime=anytime_table, runs=runs_table, longer=longer_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
-    speed=speed_table, memory=memory_table, growth=growth_table, macs=macs_table,
-    mask=mask_table)
-PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md")
+    macs=macs_table, hours=hours_table, long=long_table)
+for path in (ROOT / "results" / "speed").glob("*.jsonl"):
+    PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
+              f"memory-{path.stem}": partial(memory_table, path.stem)}
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("paper", "properties", "downstream", "training", "speed", "gpu")))
 
 
 def written(text):
     """A page with each part between two marks made anew."""
-    return re.sub(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", text, flags=re.S)
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from experiments.ladder import ROOT, parse_runs, parser_of_runs, train_all
 from harness.flags import report_errors
 
 # Flags of train.py for all, for the larger model, and for the smaller ones
-FLAGS = "--batch-size 64 --lr 1e-3 --workers 0 --device cpu"
+FLAGS = "--batch-size 64 --lr 1e-3"
 LARGER = "--size tiny --depth 4"
 SMALLER = "--size nano --depth 3"
 STARTS = ("random", "uniform", "aligned")
@@ -23,7 +23,7 @@ def train_larger(args):
     command = [ROOT / "train.py", "--data", args.data, *FLAGS.split(), *LARGER.split(), "--epochs",
                str(args.larger_epochs)]
     row = dict(data=args.data, start="larger", seed=0, epoch=args.larger_epochs - 1)
-    return train_all({"larger": (command, row)}, args.out, 1, curve=True)
+    return train_all({"larger": (command, row)}, args, curve=True)
 
 
 def train_smaller(args):
@@ -41,7 +41,7 @@ def train_smaller(args):
                                  "--seed", str(seed), "--out", str(small)])
             runs[f"{start}-{seed}"] = ([*command, "--seed", str(seed), *init],
                                        dict(data=args.data, start=start, seed=seed, epoch=args.epochs - 1))
-    return train_all(runs, args.out, args.jobs, curve=True)
+    return train_all(runs, args, curve=True)
 
 
 @report_errors()

@@ -21,7 +21,7 @@ from harness.files import ImageFolder
 from harness.flags import report_errors, require
 from harness.processes import stop_on_signals
 
-FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3 --workers 0 --device cpu"
+FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3"
 COMPARED = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}      # ViT and iLLaMA; flags that keep alpha at 0
 PERCENT = (1, 5, 25, 100)                                                 # of the training images
 
@@ -95,7 +95,7 @@ def main(argv=None):
     part = open_part(f"{args.data}:first", "train", 32)
     require(len(part.classes) > 1, f"--data {args.data} has fewer than four classes: use data with two for each half")
     first, rest = runs(args)
-    sys.exit(0 if train_all(first, args.out, args.jobs) and train_all(rest, args.out, args.jobs) else 1)
+    sys.exit(0 if train_all(first, args) and train_all(rest, args) else 1)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ REFUSALS = {  # what the system refuses, by words in an error
         "files: use fewer --workers",
     "EADDRINUSE|address already in use":
         "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun another --master_port",
+    "CUDA out of memory":
+        "the GPU has too little free memory for this: add --recompute, or start with a smaller --micro-batch; in "
+        "evaluation make --batch-size smaller",
+    r"devices?(\(s\))? (is/)?are busy|exclusive":
+        "the GPU is taken by another program, which has it to itself: wait for that, or name another one with "
+        "CUDA_VISIBLE_DEVICES",
     "by peer": "another rank has ended: see its message, then go on with --resume",
     "alloc|out of memory|overflow|MemoryError":
         "there is not enough memory for this: make the model, the images or the batch smaller",
@@ -139,7 +145,7 @@ def nonempty(value):
 BOUNDS = {  # of numbers, by name, wherever they come from: a flag or a file; other numbers are at least 0
     **dict.fromkeys(("img_size", "patch_size", "num_classes", "width", "heads", "epochs", "batch_size", "micro_batch",
                      "iterations", "eval_every", "short_side", "seeds", "jobs", "repeats", "larger_epochs",
-                     "pretrain_epochs"), (1, math.inf)),
+                     "pretrain_epochs", "img_sizes", "batch_sizes"), (1, math.inf)),
     **dict.fromkeys(("label_smoothing", "erasing", "soft_mask"), (0, 1)),
     "depth": (1, 1000),              # 100,000 blocks would be built for minutes
     "drop_path": (0, 0.99),
@@ -150,12 +156,13 @@ BOUNDS = {  # of numbers, by name, wherever they come from: a flag or a file; ot
 
 def check_bounds(values, written=flag):
     """InputError if a number in {name: value} is not one, or out of bounds; `written` is how messages call it."""
-    for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = BOUNDS.get(name, (0, math.inf))
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
-            require(low <= value <= high and (isinstance(value, int) or math.isfinite(value)),
-                    f"{written(name)} is {value}; it must be {bounds}")
+    for name, given in values.items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = BOUNDS.get(name, (0, math.inf))
+                bounds = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
+                require(low <= value <= high and (isinstance(value, int) or math.isfinite(value)),
+                        f"{written(name)} is {value}; it must be {bounds}")
 
 
 def checked_config(make, **values):

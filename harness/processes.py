@@ -25,7 +25,7 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from harness.flags import InputError, require
+from harness.flags import InputError, plural, require
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,7 +37,7 @@ cpu_group = None         # all ranks, for waiting: NCCL would end those that wai
 def setup(device="auto", dtype="auto"):
     """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
 
-    `auto` takes a GPU where there is one; it computes in bfloat16 on CUDA and in float32 elsewhere.
+    `auto` takes a GPU where there is one, and fast_dtype() of it.
     """
     rank, world, local_rank = environment()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -45,7 +45,7 @@ def setup(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+        dtype = fast_dtype(device)
     require(device != "cuda" or local_world <= gpus, f"--device cuda: this machine has {gpus} GPUs for {local_world} "
             "processes; start fewer, or use --device cpu")
     require(device != "mps" or mps, "--device mps: there is none on this machine; use --device cpu")
@@ -58,10 +58,25 @@ def setup(device="auto", dtype="auto"):
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+        torch.zeros((), device=device)   # an error if it is taken, before anything is read
     device = torch.device(device)
     if world > 1:
         join(rank, world, device)
     return rank, world, device, getattr(torch, dtype)
+
+
+def fast_dtype(device):
+    """The type to compute in where speed matters: float32 but on GPUs, whose older ones emulate bfloat16 slowly."""
+    if device != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def processor(device):
+    """The name of a GPU, or the kind of device and on a CPU its threads: what a speed depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
 
 
 def environment():
@@ -102,13 +117,16 @@ def is_rank_0():
 
 
 def default_workers():
-    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 8."""
+    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def wrap(model, blocks, machine, world):
     """The model as it is trained: with activation checkpointing of its blocks, compiled, in DistributedDataParallel."""
+    if machine.deterministic:            # operations without such a form warn
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read by cuBLAS's first matrix multiplication
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if machine.recompute:                # only each block's input is saved for backward, which computes the rest again
         for block in blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from harness.checkpoint import CHECKPOINT, load_optimizer, read_checkpoint, validate
 from harness.flags import InputError, flags_of, overrides, plural, printable, require, shorten
-from harness.processes import (PREEMPTED, all_gather, default_workers, is_rank_0, on_rank_0, print_rank0, shut_down,
-                               stop_requests, write_lock)
+from harness.processes import (PREEMPTED, all_gather, default_workers, is_rank_0, on_rank_0, print_rank0, processor,
+                               shut_down, stop_requests, write_lock)
 from model import Config
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
@@ -38,6 +38,7 @@ class Machine:
     device: str = "auto"         # auto takes a GPU where there is one
     compile: bool = False        # torch.compile the model
     recompute: bool = False      # activation checkpointing of each block: less memory, more time
+    deterministic: bool = False  # on a GPU, too: the same command gives the same run, bit for bit, for some of the speed
     workers: int = default_workers()   # data-loading workers per rank
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
 
@@ -136,9 +137,7 @@ def make_folder(out, name, resume):
 
 
 def device_line(dtype, machine, device):
-    parts = [device.type, dtype]
-    if device.type == "cpu":
-        parts[0] += f" with {plural(torch.get_num_threads(), 'thread')}"
+    parts = [processor(device), dtype]
     if device.type == "cuda" and dtype == "float32":
         parts.append(f"TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}")
     if machine.compile:
@@ -394,6 +393,9 @@ class Monitor:
         self.of_epoch = self.speed(self.began)
 
     def times(self):
-        """Fields of a row of metrics: seconds since the start; images/s and the fraction of waiting over the epoch."""
+        """Fields of a row of metrics: seconds since the start; images/s and the fraction of waiting over the epoch; and
+        what it ran on."""
         rate, waiting = self.of_epoch
-        return dict(time_s=time.perf_counter() - self.started, time_images_per_s=rate, time_waiting=waiting)
+        device = next(self.folder.model.parameters()).device
+        return dict(time_s=time.perf_counter() - self.started, time_images_per_s=rate, time_waiting=waiting,
+                    time_device=processor(device), time_torch=torch.__version__)

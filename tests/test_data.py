@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import (FILL, MEAN, OPERATIONS, STD, Images, erase, eval_batches, eval_transform, fit, loader, mix, normalize,
                   open_data, rand_augment, resized_crop, train_batches, train_transform)
-from experiments import samples
 from harness.files import read_image
 from synthetic.shapes import Shapes
 
@@ -559,11 +558,3 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
     with pytest.raises(ValueError, match=said) as error:
         open_data("cifar10", "train", 32)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("flags", [[], ["--data", "shapes-cue", "--augment"]])
-def test_the_command_saves_a_grid_of_images(flags, tmp_path, capsys):
-    samples.main([*flags, "--img-size", "16", "--out", str(tmp_path / "grid.png")])
-    sheet = Image.open(tmp_path / "grid.png")
-    assert sheet.size == (980, 672) and len(sheet.getcolors(1 << 24)) > 100
-    assert "images in 10 classes" in capsys.readouterr().out

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +135,32 @@ def test_recipes_are_those_of_the_papers_tables(name):
     assert [getattr(RECIPES[name], field) for field in PAPER[:len(TABLES[name])]] == list(TABLES[name])
 
 
-def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so():
+@pytest.mark.parametrize("major, dtype", [(7, "float16"), (8, "bfloat16"), (9, "bfloat16")])
+def test_gpus_that_emulate_bfloat16_compute_in_float16(major, dtype, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    assert processes.fast_dtype("cuda") == dtype
+    assert processes.fast_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize("told, said", [
+    ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "the GPU is taken by another program"),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has", "too little free memory for this: add --recompute, or start with a")])
+def test_a_gpu_that_is_taken_is_told_before_anything_is_read(told, said, monkeypatch, capsys):
+    def taken(*_, **__):
+        raise RuntimeError(told)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", taken)
+    monkeypatch.setattr(train, "open_data", None)
+    error = refused(train, ["--device", "cuda", "--dtype", "bfloat16"], capsys)
+    assert said in error
+
+
+def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in flags]
     try:
@@ -144,7 +170,7 @@ def test_a_float32_run_on_a_gpu_uses_no_tf32_and_says_so():
         assert not any(backend.allow_tf32 for backend in flags)
         gpu, cpu = torch.device("cuda"), torch.device("cpu")
         line = device_line("float32", Machine(compile=True), gpu)
-        assert line == "device  cuda, float32, TF32 off, compiled"
+        assert line == "device  Tesla T4, float32, TF32 off, compiled"
         assert "TF32" not in device_line("bfloat16", Machine(), gpu)
         assert "TF32" not in device_line("float32", Machine(), cpu)
     finally:

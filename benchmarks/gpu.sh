@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# The program's main job on a GPU: tested, timed and run.
+#
+#   bash benchmarks/gpu.sh OUT                        # all parts, about 12 minutes on one H100
+#   bash benchmarks/gpu.sh OUT tests speed            # some of them: tests, speed, train, ladder
+#   bash benchmarks/gpu.sh OUT --small                # a dry run on a CPU, 3 minutes of 2 cores
+#
+# Nothing is downloaded. CIFAR-10 is the folder $CIFAR10, by default datasets/cifar10/, with train/ and val/ of class
+# folders; where there is none, datasets/cifar10.tar.gz is unpacked. Photos are those of the folder $PHOTOS, laid out in
+# the same way; without it some are drawn. Every part is ended after $LIMIT seconds (230), and what it has measured by
+# then is in OUT, a row at a time. The ladder runs $JOBS (4) at once for $EPOCHS, or for as many as a pilot says will fit;
+# it saves itself, and with the same $EPOCHS goes on where it was in the next call.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+small="" parts=() out=""
+for word in "$@"; do
+    case $word in
+        --small) small=yes ;;
+        tests|speed|train|ladder) parts+=("$word") ;;
+        *) out=${out:-$word} ;;
+    esac
+done
+[ -n "$out" ] || { echo "error: give the folder for the rows: bash benchmarks/gpu.sh OUT" >&2; exit 2; }
+[ ${#parts[@]} -gt 0 ] || parts=(tests speed train ladder)
+mkdir -p "$out"
+python=${PYTHON:-python3}
+limit=${LIMIT:-230}
+device=cuda
+[ -z "$small" ] || device=cpu
+failed=0
+
+run() {    # a command, ended after what is left of its part's time; what it says is kept
+    echo "+ $*" | tee -a "$out/log.txt"
+    local left=$((began + limit - SECONDS))
+    [ $left -gt 0 ] || { echo "no time left" | tee -a "$out/log.txt"; return 0; }
+    timeout --signal=TERM --kill-after=30 $left "$@" 2>&1 | tee -a "$out/log.txt"
+    local code=${PIPESTATUS[0]}
+    [ "$code" -eq 0 ] || { echo "exit code $code: $*" | tee -a "$out/log.txt"; [ "$code" -eq 124 ] || failed=1; }
+}
+
+tests() {
+    GPU_TESTS_ON=$device run "$python" -m pytest -m gpu -q -rs -p no:cacheprovider --durations=10
+}
+
+model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jsonl
+    local name=$1
+    shift
+    run "$python" -m benchmarks.bench_model --device $device --out "$out/speed-$name.jsonl" "$@"
+}
+
+speed() {    # the most important first
+    if [ -n "$small" ]; then
+        model training --models none causal soft --dtypes float32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
+        model inference --models none causal --inference --dtypes float32 tf32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
+        return
+    fi
+    model training-base --sizes base --batch-sizes 128 --models timm torchvision none causal soft --dtypes bfloat16 --compile 1
+    model training-tiny --sizes tiny --batch-sizes 256 --models timm none causal soft soft_log --dtypes bfloat16
+    # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
+    model inference-tiny --inference --sizes tiny --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
+    model inference-small --inference --sizes small --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
+    model inference-base --inference --sizes base --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
+    model tokens --models none causal --dtypes bfloat16 --compile 1 --img-sizes 224 512 1024 --batch-sizes 16
+    model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0
+    model training-small --sizes small --batch-sizes 256 --models timm none causal soft soft_log --dtypes bfloat16 --compile 1
+}
+
+photos() {    # the folder of photos, made if there is none
+    local count=$1
+    if [ -z "${PHOTOS:-}" ]; then
+        PHOTOS=$out/photos
+        [ -d "$PHOTOS/train" ] || run "$python" -m benchmarks.bench_data "$PHOTOS" --make "$count" --images 0 --repeats 1 --models ours
+    fi
+}
+
+train() {
+    local flags="--batch-size 512 --workers $(nproc) --epochs 1 --warmup-epochs 0 --soft-mask-epochs 0 --dtype bfloat16 --compile"
+    if [ -n "$small" ]; then
+        run "$python" -m torch.distributed.run --standalone train.py --size tiny --device cpu --depth 1 --patch-size 16 \
+            --epochs 1 --warmup-epochs 0 --soft-mask-epochs 0 --batch-size 2000 --micro-batch 500 --out "$out/first" --resume
+        photos 1000
+        flags="--device cpu --batch-size 8 --micro-batch 8 --workers 2 --epochs 1 --warmup-epochs 0 --soft-mask-epochs 0 --img-size 32 --depth 1"
+        run "$python" train.py --data "$PHOTOS" --size tiny $flags --out "$out/photos-tiny" --resume
+        return
+    fi
+    run "$python" -m torch.distributed.run --standalone train.py --size tiny --out "$out/first" --resume
+    photos 102400                                   # 200 iterations of 512
+    run "$python" -m benchmarks.bench_data "$PHOTOS" --workers "$(nproc)" --models ours --repeats 1 --batch-size 128 --images 640 \
+        --out "$out/data.jsonl"
+    run "$python" train.py --data "$PHOTOS" --size tiny $flags --micro-batch 512 --out "$out/photos-tiny" --resume
+    run "$python" train.py --data "$PHOTOS" --size base $flags --micro-batch 256 --out "$out/photos-base" --resume
+}
+
+ladder() {
+    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long least=6 epochs
+    local groups=("rmsnorm ps_cls soft_mask vit" "swiglu rope abs_pos soft_log modified rope_alone") seeds="1 3"
+    if [ -n "$small" ]; then
+        photos 1000
+        data=$PHOTOS jobs=1 long="" least=1 groups=(rmsnorm) seeds=1
+    elif [ ! -d "$data/train" ] && [ -f datasets/cifar10.tar.gz ]; then
+        mkdir -p "$data" && tar xzf datasets/cifar10.tar.gz -C "$data" --strip-components=1
+    fi
+    local program=("$python" -m experiments.ladder $long --data "$data" --device $device --jobs "$jobs")
+    # A pilot: how many images a second do so many runs take together, once they are compiled?
+    run "${program[@]}" --epochs 3 --seeds 1 --steps ${groups[0]} --out "$out/pilot"
+    epochs=${EPOCHS:-$("$python" - "$out/pilot/rows.jsonl" $((began + limit - SECONDS)) $least <<'END'
+import json
+import sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+rate = sum(row["time_images_per_s"] for row in rows)
+epochs = int(0.8 * int(sys.argv[2]) * rate / (len(rows) * 50_000))     # 0.8: start, compilation and evaluation
+print(max(int(sys.argv[3]), min(100, epochs)))
+END
+)}
+    for count in $seeds; do
+        for steps in "${groups[@]}"; do
+            run "${program[@]}" --epochs "$epochs" --seeds "$count" --steps $steps --out "$out/ladder-$epochs"
+        done
+    done
+}
+
+nvidia-smi -L 2>/dev/null | tee -a "$out/log.txt"
+for part in "${parts[@]}"; do
+    began=$SECONDS
+    $part
+    echo "$part: $((SECONDS - began)) s" | tee -a "$out/log.txt"
+done
+exit $failed
