@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_data PATH --out out/data.jsonl          # one core, images in PATH/train/CLASS/
     python -m benchmarks.bench_data PATH --workers 16 --models ours    # what that many data-loading workers deliver
-    python -m benchmarks.bench_data PATH --make 100000                 # PATH is made, of drawn photos, if there are none
+    python -m benchmarks.bench_data PATH --make 100000                 # with photos that are drawn into PATH first
 
 Both read the same images with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
 pipeline (pip install --no-deps timm==0.5.4) normalises and erases each image, ours leaves that to the device, a batch
@@ -29,8 +29,8 @@ DIFFERENT = 256                    # drawn photos; the others are links to them
 
 
 def make(root, count):
-    """PATH/train and PATH/val with 1,000 class folders of JPEGs as ImageNet's: 500 x 375 pixels, 90 kB, of noise that is
-    coarse and fine."""
+    """PATH/train and PATH/val with 1,000 class folders of JPEGs as large as ImageNet's: 500 x 375 pixels, 90 kB, of
+    coarse and fine noise."""
     names = []
     for i in range(DIFFERENT):
         rng, photo = np.random.default_rng(i), np.full((375, 500, 3), 127.0)
@@ -96,7 +96,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     ways, count = ways_to_load(args)
     for name, seconds in medians_in_turns(ways, args.repeats, warm_up=1).items():        # which fills the file cache
-        append_row(dict(pipeline=name, workers=args.workers, images=count, images_per_s=round(count / seconds)), args.out)
+        rate = round(count / seconds)
+        append_row(dict(pipeline=name, workers=args.workers, images=count, images_per_s=rate), args.out)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m experiments.ladder               # stopped and started again, it continues
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
     python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
-    python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4    # at length, several runs at once on a GPU
+    python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
 
-A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder stays.
-results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare.
+A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
+stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare.
 """
 import json
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
 FLAGS = ("--recipe small-data --size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size 64 --lr 1e-3 "
          "--dtype bfloat16 --compile")
-# Size T itself, for a GPU. RandAugment is left out, for which the cores beside it would have to work longer than it does.
+# Size T itself, for a GPU. RandAugment is left out: the cores beside a GPU would need longer for it than that trains.
 LONG = ("--recipe small-data --size tiny --patch-size 4 --batch-size 512 --micro-batch 512 --lr 1e-3 --drop-path 0.1 "
         "--mixup 0.8 --cutmix 1.0 --erasing 0.25 --dtype bfloat16 --compile")
 
@@ -108,8 +108,8 @@ def read_rows(file):
 
 
 def train_all(runs, args, curve=False):
-    """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have their row in rows.jsonl
-    already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
+    """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have their row in
+    rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
     table, left = args.out / "rows.jsonl", {}
     done = read_rows(table)
     for name, (command, fields) in runs.items():

@@ -236,7 +236,7 @@ def long_table():
     found = by_step("ladder-long")
     first = rows("ladder-long")[0]
     return table(f"CIFAR-10, size T, {first['epoch'] + 1} epochs, {first['time_device']} | seeds | top-1, %", [
-        [f"`{title_of(step)}`", str(len(found[step])), " / ".join(f"{acc1:.1f}" for _, acc1 in sorted(found[step].items()))]
+        [f"`{title_of(step)}`", str(len(found[step])), means(found[step].values())]
         for step in VARIANTS if step in found])
 
 
@@ -283,7 +283,9 @@ def speed_table(run):
     """Images/s of the first model, and the others' as multiples of it."""
     def cell(row, first):
         rate = row["images_per_s"]
-        return f"{rate:,.{0 if rate > 100 else 2}f} images/s" if row is first else f"{rate / first['images_per_s']:.2f} x"
+        if row is first:
+            return f"{rate:,.{0 if rate > 100 else 2}f} images/s"
+        return f"{rate / first['images_per_s']:.2f} x"
     return measured_table(run, "images_per_s", cell)
 
 
@@ -310,12 +312,14 @@ PARTS = dict(
 for path in (ROOT / "results" / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("paper", "properties", "downstream", "training", "speed", "gpu")))
+PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md",
+         "docs/gpu.md")
 
 
 def written(text):
     """A page with each part between two marks made anew."""
-    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", text, flags=re.S)
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", text,
+                  flags=re.S)
 
 
 if __name__ == "__main__":

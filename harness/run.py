@@ -38,7 +38,7 @@ class Machine:
     device: str = "auto"         # auto takes a GPU where there is one
     compile: bool = False        # torch.compile the model
     recompute: bool = False      # activation checkpointing of each block: less memory, more time
-    deterministic: bool = False  # on a GPU, too: the same command gives the same run, bit for bit, for some of the speed
+    deterministic: bool = False  # on GPUs, too, the same command gives the same run, bit for bit; slower
     workers: int = default_workers()   # data-loading workers per rank
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
 
