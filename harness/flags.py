@@ -53,6 +53,8 @@ REFUSALS = {  # what the system refuses, by words in an error
     r"devices?(\(s\))? (is/)?are busy|exclusive":
         "the GPU is taken by another program, which has it to itself: wait for that, or name another one with "
         "CUDA_VISIBLE_DEVICES",
+    "deterministic implementation":
+        "an operation of this model has no deterministic form on this device: drop --deterministic",
     "by peer": "another rank has ended: see its message, then go on with --resume",
     "alloc|out of memory|overflow|MemoryError":
         "there is not enough memory for this: make the model, the images or the batch smaller",

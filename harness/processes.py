@@ -124,9 +124,9 @@ def default_workers():
 
 def wrap(model, blocks, machine, world):
     """The model as it is trained: with activation checkpointing of its blocks, compiled, in DistributedDataParallel."""
-    if machine.deterministic:            # operations without such a form warn
+    if machine.deterministic:            # an error if there is no such form; with warn_only attention would not be so
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read by cuBLAS's first matrix multiplication
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     if machine.recompute:                # only each block's input is saved for backward, which computes the rest again
         for block in blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
