@@ -16,12 +16,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
 from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint, set_alpha
-from harness.files import read_image
+from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
 from harness.processes import (DEVICES, DTYPES, all_gather, default_workers, is_rank_0, once_per_node, setup, shut_down,
                                stop_requests)
@@ -93,7 +92,8 @@ def open_val(source, checkpoint, model, data=None):
     """The validation split of `data`, by default of what the model was trained on. InputError if it does not fit."""
     data = data or checkpoint["run"].get("data")
     require(data, f"{source} does not say what it was trained on: give --data")
-    val = once_per_node(open_data, data, "val", model.cfg.img_size, checkpoint["classes"])
+    classes = checkpoint["classes"] or imagenet_classes(data)
+    val = once_per_node(open_data, data, "val", model.cfg.img_size, classes)
     require(len(val.classes) == model.cfg.num_classes, f"--data {data} has {len(val.classes)} classes, but the model "
             f"knows {model.cfg.num_classes}: use the data that it was trained on")
     return val
@@ -110,7 +110,7 @@ def add_eval_flags(parser):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(description="Evaluate a checkpoint of train.py.", allow_abbrev=False)
+    parser = Parser(description="Evaluate a checkpoint of train.py.")
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt, or published weights")
     add_eval_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
@@ -128,7 +128,7 @@ def main(argv=None):
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
                 f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
-        classes = classes or torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+        classes = classes or IMAGENET
         image = Images([(read_image(args.image), 0)], transform)
         [(logits, _)] = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
         result = most_likely(logits[0], classes)

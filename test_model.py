@@ -455,7 +455,7 @@ def test_names_from_ddp_and_compile_are_understood():
     (lambda: load_weights(build(), build().state_dict() | {"pos_embed": torch.zeros(17)}), "size mismatch for pos_embed"),
     (lambda: load_weights(build(), build().state_dict() | {"pos_embed": torch.zeros(1, 0, 128)}), "pos_embed has 0 rows"),
     (lambda: load_weights(build(), build().state_dict() | {"pos_embed": torch.zeros(1, 1, 128)}), "pos_embed has 1 rows"),
-    (lambda: load_weights(build(), dict(model=build().state_dict(), config=dict(heads=torch.ones(2)))), "heads is 'tensor.*not of the type"),
+    (lambda: load_weights(build(), dict(model=build().state_dict(), config=dict(heads=torch.ones(2)))), "heads is tensor.*not of the type"),
 ])
 def test_bad_input_is_a_value_error_in_one_sentence(call, said):
     with pytest.raises(ValueError, match=said) as error:

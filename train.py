@@ -10,7 +10,7 @@ A recipe names everything about a run; flags change it. The run's folder holds c
 epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
 
 Runs are deterministic, on GPUs with --deterministic. Workers and resuming do not change results. The number of ranks
-changes rounding and augmentation draws. SIGTERM, SIGINT and SIGHUP make a run save itself and end with exit code 75.
+changes rounding and augmentation draws. A signal that asks it to stop makes a run save itself and end with code 75.
 """
 if __name__ == "__main__":
     import harness.interrupt  # noqa: F401, first
@@ -284,7 +284,7 @@ def main(argv=None, open_data=open_data, forward=None):
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    settings = settings_of(run, recipe, cfg, train, world)
+    settings = settings_of(run, recipe, cfg, train, val, world)
     folder = RunFolder(given, path, checkpoint, settings, state, model, optimizer, scaler)
     monitor = Monitor(started, state, recipe.batch_size, accumulate * world, len(train), folder)
     net = wrap(model, model.blocks, machine, world)

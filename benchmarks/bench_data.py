@@ -80,7 +80,7 @@ def ways_to_load(args):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m benchmarks.bench_data", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m benchmarks.bench_data", description=__doc__)
     parser.add_argument("path", type=Path, help="folder with train/ of class folders")
     parser.add_argument("--make", type=int, default=0, help="make the folder, with so many training images")
     parser.add_argument("--models", nargs="+", choices=("timm", "ours"), default=["timm", "ours"])

@@ -155,7 +155,7 @@ def matmul(a, b, tf32):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m benchmarks.bench_model", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m benchmarks.bench_model", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS,
                         default=["timm", "vit", "causal", "soft", "soft_log", "soft, recompute"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])

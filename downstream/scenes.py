@@ -3,8 +3,9 @@
     train = open_scenes("PATH", "training", short_side=180)    # pairs (PIL image, annotation), and .classes
     images = Annotated(train, partial(train_transform, size=128, short_side=180), seed=0)
 
-An annotation is a PIL image of the same size with one channel: 0 is unlabelled and ignored, k is the k-th class. As a
-tensor it holds classes from 0 on, and -1 for what is ignored.
+An annotation is a PIL image of the same size with one channel: k is the k-th class, 0 is unlabelled and ignored, and so
+is 255, as most tools mark it, if there are fewer classes. As a tensor it holds classes from 0 on, and -1 for what is
+ignored.
 """
 import random
 from pathlib import Path
@@ -12,16 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from data import FILL, Images
-from harness.files import FORMATS, read_image
+from harness.files import decode, is_image, read_bytes, read_image
 from harness.flags import InputError, require, shorten
 from synthetic.scenes import Scenes
 
-SPLITS, IGNORED = ("training", "validation"), -1
+SPLITS, IGNORED, VOID = ("training", "validation"), -1, 255
 
 
 def open_scenes(data, split, short_side):
@@ -39,8 +39,7 @@ class AnnotatedFolder(Dataset):
         for folder in (self.images, self.annotations):
             require(folder.is_dir(), f"{folder} is missing: {root} needs images/ and annotations/, both with training/ "
                     "and validation/")
-        names = sorted(path.name for path in self.images.iterdir()
-                       if path.name.lower().endswith(IMG_EXTENSIONS) and path.name[0] != ".")
+        names = sorted(path.name for path in self.images.iterdir() if is_image(path.name))
         annotated = {path.stem for path in self.annotations.glob("[!.]*.png")}
         alone = sorted(annotated ^ {Path(name).stem for name in names})
         wrong = f"only one of them has {shorten(alone)}" if alone else "they are empty"
@@ -71,27 +70,27 @@ def read_classes(root):
     require(file.is_file(), f"{file} is missing: write the names of the classes into it, a line for each, in the order "
             "of their numbers in the annotations, from 1 on")
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = read_bytes(file).decode().strip().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not text in UTF-8 ({error}): save it as that") from error
-    classes = [line.strip() for line in lines if line.strip()]
+    classes = [line.strip() for line in lines]
+    require("" not in classes, f"{file} has an empty line between the names of classes: remove it, or name that class")
     require(2 <= len(classes) <= 255, f"{file} names {len(classes)} classes; it must be 2 to 255, one per line")
     return classes
 
 
 def read_annotation(path, size, classes):
     """An annotation as a PIL image of mode L. InputError that names it if it is none."""
-    try:
-        annotation = Image.open(path, formats=FORMATS)
-        annotation.load()
-    except Exception as error:                             # decoders raise half a dozen types for a damaged file
-        raise InputError(f"{path} cannot be read as an annotation ({error}): replace it") from error
-    require(annotation.mode in ("L", "P"),                 # P: a palette, whose colours do not matter
-            f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number of a class in "
-            "each pixel: convert it")
+    annotation = decode(path, "an annotation")
+    mode = annotation.stored if annotation.stored in ("L;2", "L;4") else annotation.mode     # which PIL scales to 8 bits
+    require(mode in ("L", "P"),                            # P: a palette, whose colours do not matter
+            f"{path} has the mode {mode}; an annotation has one channel of 8 bits, the number of a class in each pixel: "
+            "convert it")
     require(annotation.size == size, f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} "
             f"x {size[1]}: replace one of them")
     pixels = np.asarray(annotation)
+    if classes < VOID:
+        pixels = np.where(pixels == VOID, 0, pixels)
     require(pixels.max() <= classes, f"{path} holds class {pixels.max()}, but there are {classes}: correct it, with 0 "
             "for what is not labelled, or the list of classes")
     return Image.fromarray(pixels)

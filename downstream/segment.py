@@ -27,12 +27,13 @@ from torchvision.transforms.v2 import functional as TF
 from data import eval_batches, loader, normalize, seed_of, train_batches
 from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, read_scene, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
-from harness.checkpoint import CHECKPOINT, load_strictly, load_weights, open_checkpoint, read_checkpoint, validate
+from harness.checkpoint import (CHECKPOINT, load_strictly, load_weights, names_file, open_checkpoint, read_checkpoint,
+                                validate)
 from harness.flags import (Parser, check_bounds, checked_config, flag, nonempty, overrides, parse_flags, pick,
                            printable, report_errors, require, shorten, split_batch, with_saved)
 from harness.processes import (DEVICES, DTYPES, default_workers, is_rank_0, once_per_node, print_rank0, setup,
                                shut_down, stop_on_signals, wrap)
-from harness.run import Machine, Monitor, RunFolder, check_data, find_checkpoint, settings_of
+from harness.run import Machine, Monitor, RunFolder, check_data, compare_flags, find_checkpoint, settings_of
 from model import MASKS, SIZES, STEPS, Config, config
 
 
@@ -154,6 +155,7 @@ def choose_backbone(run, recipe, given, checkpoint, classes):
     return run, recipe, checked_config(Config, **source["config"] | crops), source
 
 
+@names_file
 def load_parts(model, source, head, classes):
     """Load a checkpoint's backbone, but for what a Segmenter's does not have, and its head if it is this program's and
     the same `head` of the same classes. Returns sentences about what had to be adapted."""
@@ -202,6 +204,7 @@ def train(argv):
     machine = Machine(**pick(Machine, given))
     rank, world, device, dtype = setup(machine.device, run.dtype)
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
+    compare_flags(run)
     state = State(**pick(State, checkpoint or {}))
 
     # Data
@@ -231,7 +234,7 @@ def train(argv):
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    settings = settings_of(run, recipe, cfg, train, world) | dict(alpha=0.0 if cfg.soft else None)
+    settings = settings_of(run, recipe, cfg, train, val, world) | dict(alpha=0.0 if cfg.soft else None)
     folder = RunFolder(given, path, checkpoint, settings, state, model, optimizer, scaler, below="segment")
     every = recipe.eval_every                            # iterations of a period, which ends with an evaluation
     monitor = Monitor(started, state, recipe.batch_size, accumulate * world, every * recipe.batch_size, folder)
@@ -299,6 +302,7 @@ def train(argv):
 # Evaluation from the command line
 
 
+@names_file
 def open_segmenter(source, device):
     """(model, checkpoint) of a run's folder or file, on a device."""
     checkpoint = once_per_node(read_checkpoint, source)
@@ -328,7 +332,7 @@ def draw(image, predicted, classes):
 
 
 def evaluate_run(argv):
-    parser = Parser(prog="python -m downstream.segment eval", allow_abbrev=False)
+    parser = Parser(prog="python -m downstream.segment eval")
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt")
     parser.add_argument("--data", type=nonempty, help="scenes, or a folder in ADE20K's layout; default: the run's own")
     parser.add_argument("--multi-scale", action="store_true", help=f"mean over scales {SCALES} and horizontal flips")
@@ -343,6 +347,9 @@ def evaluate_run(argv):
     require(not (args.image and (args.data or args.json)),
             "--image segments one image alone, and draws it: drop it, or --data and --json")
     require(Path(args.draw).suffix == ".png", f"--draw {args.draw}: give a name that ends in .png")
+    existed = args.image and Path(args.draw).exists()
+    require(not (existed and Path(args.draw).samefile(args.image)), f"--draw {args.draw} is the image itself: give "
+            "another name")
 
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_segmenter(args.checkpoint, device)
@@ -357,6 +364,8 @@ def evaluate_run(argv):
         if is_rank_0():
             draw(image, predicted, classes).save(args.draw)
         text = f"{args.draw} has {args.image}, the class of each pixel, and the legend"
+        if existed:
+            text += "; it replaces what was there"
     else:
         val = open_validation(checkpoint, args.data)
         batches = validation(val, rank, world, args.workers, device)

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from data import seed_of
-from harness.checkpoint import CHECKPOINT, load_strictly, open_checkpoint, resize_positions, weights_of
+from harness.checkpoint import (CHECKPOINT, load_strictly, names_file, open_checkpoint, resize_positions,
+                                weights_of)
 from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
                            pick, report_errors, require, shorten)
 from harness.run import write
@@ -83,6 +84,7 @@ def aligned(name, tensor, shape, heads, own_heads, rope, halves):
     return uniform(tensor, shape)
 
 
+@names_file
 def select_weights(model, source, rule):
     """Load into a model what a rule selects of a larger one: a checkpoint, or the path of a folder of LLaMA 2.
 
@@ -188,7 +190,7 @@ def small_config(given, step, larger):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m downstream.select", allow_abbrev=False,
+    parser = Parser(prog="python -m downstream.select",
                     description="Make a checkpoint of a small model from some of the weights of a larger one.")
     parser.add_argument("larger", help="a run's folder, a checkpoint, published weights, or a folder of LLaMA 2")
     parser.add_argument("--size", choices=SIZES, required=True, help="width, depth and heads, see model.py")

@@ -140,7 +140,7 @@ def measure(argv):
 
 @torch.no_grad()
 def read(argv):
-    parser = Parser(prog="python -m experiments.anytime read", allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.anytime read")
     parser.add_argument("checkpoint", help="a run's folder or its checkpoint")
     parser.add_argument("--image", required=True, help="the image to read")
     args = parser.parse_args(argv)

@@ -95,7 +95,7 @@ def draw(Figure, names, runs, path):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a metrics.jsonl or a log")
     parser.add_argument("--plot", metavar="FILE", help="draw their curves as .png, .pdf or .svg (needs matplotlib)")
     args = parser.parse_args(argv)

@@ -297,7 +297,7 @@ FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, lad
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", choices=FIGURES, help=f"default: {', '.join(FIGURES)}")
     parser.add_argument("--runs", type=Path, default="out/ladder-3", help="attention: the folder with STEP-0/last.pt")
     parser.add_argument("--data", default="cifar10", help="attention: the validation images, as in train.py")

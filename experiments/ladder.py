@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import open_data
-from harness.flags import Parser, check_bounds, report_errors
-from harness.processes import DEVICES, default_workers, stop_on_signals, stop_requests
+from harness.files import read_bytes
+from harness.flags import InputError, Parser, check_bounds, report_errors, require
+from harness.processes import DEVICES, at_stake, default_workers, stop_on_signals, stop_requests
 
 ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
@@ -90,7 +91,7 @@ def train(folder, command, jobs, device):
         return None
     folder.mkdir(parents=True, exist_ok=True)
     cores = max(1, default_workers() // jobs)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(cores))
+    environment = os.environ | dict(OMP_NUM_THREADS=str(cores), ILLAMA_LADDER="yes")
     machine = ["--device", device, "--workers", "0" if device == "cpu" else str(cores)]
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen([sys.executable, *command, *machine, "--out", folder, "--resume"], stdout=log,
@@ -104,7 +105,14 @@ def train(folder, command, jobs, device):
 
 
 def read_rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of a file, if there is one. InputError if it is damaged."""
+    try:
+        rows = [json.loads(line) for line in read_bytes(file).splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise InputError(f"{file} does not have a JSON object in each line ({error}): repair or remove it") from error
+    require(all(isinstance(row, dict) for row in rows), f"{file} does not have a JSON object in each line: repair or "
+            "remove it")
+    return rows
 
 
 def train_all(runs, args, curve=False):
@@ -139,7 +147,7 @@ def train_all(runs, args, curve=False):
 
 def parser_of_runs(program, description, out=None):
     """The flags of programs that make many runs."""
-    parser = Parser(prog=f"python -m experiments.{program}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"python -m experiments.{program}", description=description)
     parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
@@ -156,12 +164,13 @@ def parse_runs(parser, argv):
     check_bounds(vars(args))
     open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
     stop_on_signals()
+    at_stake.set()                                                      # its runs save themselves
     return args
 
 
 @report_errors()
 def main(argv=None):
-    parser = parser_of_runs("ladder", __doc__.splitlines()[0])
+    parser = parser_of_runs("ladder", __doc__)
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--long", action="store_true", help="size T, for a GPU and more epochs")
     args = parse_runs(parser, argv)

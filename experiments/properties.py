@@ -317,7 +317,7 @@ def one_process(device):
 
 def parser_of_checkpoints(program, description):
     """The flags of programs that measure a row for each checkpoint."""
-    parser = Parser(prog=f"python -m experiments.{program}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"python -m experiments.{program}", description=description)
     parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
     add_eval_flags(parser)
     parser.add_argument("--out", help="append the rows to this file")
@@ -336,7 +336,7 @@ def open_subjects(args):
 
 @report_errors()
 def main(argv=None):
-    parser = parser_of_checkpoints("properties", __doc__.splitlines()[0])
+    parser = parser_of_checkpoints("properties", __doc__)
     parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
     parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, or DIR/SHAPE/shapeN-textureN.png")
     args = parser.parse_args(argv)

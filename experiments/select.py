@@ -46,7 +46,7 @@ def train_smaller(args):
 
 @report_errors()
 def main(argv=None):
-    parser = parser_of_runs("select", __doc__.splitlines()[0], Path("out", "select"))
+    parser = parser_of_runs("select", __doc__, Path("out", "select"))
     parser.add_argument("--larger-epochs", type=int, default=4)
     args = parse_runs(parser, argv)
     sys.exit(0 if train_larger(args) and train_smaller(args) else 1)

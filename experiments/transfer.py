@@ -89,7 +89,7 @@ def main(argv=None):
     if argv[:1] == ["train"]:
         stop_on_signals()
         return train.main(argv[1:], open_data=open_part)
-    parser = parser_of_runs("transfer", __doc__.splitlines()[0], Path("out", "transfer"))
+    parser = parser_of_runs("transfer", __doc__, Path("out", "transfer"))
     parser.add_argument("--pretrain-epochs", type=int, default=5)
     args = parse_runs(parser, argv)
     part = open_part(f"{args.data}:first", "train", 32)

@@ -66,7 +66,7 @@ def measure(model, batches, short_side):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m experiments.where", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.where", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="runs of downstream.segment")
     parser.add_argument("--data", help="a folder in ADE20K's layout; default: each run's own")
     parser.add_argument("--out", help="append the rows to this file")

@@ -10,12 +10,14 @@ import argparse
 import math
 import pickle
 import re
+import reprlib
 import sys
 import textwrap
 import uuid
 import zipfile
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import wraps
 from http.client import HTTPException
 from pathlib import Path
 
@@ -61,8 +63,29 @@ def fetch(name):
     return file
 
 
+class Checkpoint(dict):
+    """What a file holds, and its name."""
+
+    def __init__(self, values, source):
+        super().__init__(values)
+        self.source = str(source)
+
+
+def names_file(function):
+    """InputErrors of a function name the file of the Checkpoint, or the path, that it is given."""
+    @wraps(function)
+    def naming(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            source = next((str(getattr(arg, "source", arg)) for arg in args if isinstance(arg, Checkpoint | str | Path)), "")
+            raise InputError(str(error) if source in str(error) else f"{source}: {error}") from error
+    return naming
+
+
 def read_checkpoint(source):
-    """The dict in a file, by its path, its run's folder (best.pt) or published name. InputError if there is none."""
+    """The Checkpoint in a file, by its path, its run's folder (best.pt) or published name. InputError if there is none.
+    """
     path = fetch(source) if str(source) in PUBLISHED else Path(source)
     if path.is_dir():
         path /= "best.pt"
@@ -94,7 +117,7 @@ def read_file(path):
         raise InputError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): delete or "
                          "replace it") from error
     validate(checkpoint, dict, str(path))
-    return checkpoint
+    return Checkpoint(checkpoint, path)
 
 
 def validate(value, kind, name):
@@ -110,8 +133,9 @@ def validate(value, kind, name):
             fits = kind is bool
         if isinstance(value, list):
             fits = fits and all(isinstance(item, str) for item in value)
-        require(fits, f"{name} is {str(value)[:40]!r}, which is not of the type {getattr(kind, '__name__', kind)}: use "
-                "another file")
+        if not fits:                                         # only then: to write a value in words can take long
+            raise InputError(f"{name} is {reprlib.repr(value)}, which is not of the type "
+                             f"{getattr(kind, '__name__', kind)}: use another file")
         return
     validate(value, dict, name)
     inner = kind
@@ -145,11 +169,15 @@ def weights_of(checkpoint):
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 
+@names_file
 def open_checkpoint(source):
     """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
         validate(checkpoint, CHECKPOINT, source)
+        classes, count = checkpoint["classes"], checkpoint["config"].get("num_classes", 1000)
+        require(classes is None or len(classes) == count, f"{len(classes or ())} classes are named, but the model knows "
+                f"{count}: use another file")
         return checkpoint
     state = weights_of(checkpoint)
     try:  # size, patches and resolution follow from the shapes
@@ -160,9 +188,11 @@ def open_checkpoint(source):
     except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise InputError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: use "
                          "another file") from error
-    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0, run=dict(size=size, dtype="float32"))
+    return Checkpoint(dict(config=asdict(cfg), model=state, classes=None, alpha=0.0,
+                           run=dict(size=size, dtype="float32")), source)
 
 
+@names_file
 def build(checkpoint):
     """The model of a checkpoint, with its weights and its soft mask."""
     state, cfg = weights_of(checkpoint), checked_config(Config, **checkpoint["config"])
@@ -194,7 +224,10 @@ def set_alpha(model, alpha):
 
 
 def load_strictly(module, state, assign=False):
-    """module.load_state_dict(); an InputError in one line if the weights do not fit."""
+    """module.load_state_dict(); an InputError in one line if the weights do not fit, or are not finite."""
+    for name, value in state.items():
+        require(not isinstance(value, torch.Tensor) or value.isfinite().all(), f"the weights {name} hold numbers that are "
+                "not finite: use an earlier checkpoint, or train again with a smaller --lr")
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -202,6 +235,7 @@ def load_strictly(module, state, assign=False):
         raise InputError(f"the weights do not fit the model: {wrong} Use the model that they are of") from error
 
 
+@names_file
 def load_weights(model, source, new_head=False, classes=None):
     """Load a checkpoint's path, a published name or a state dict. Returns sentences about what had to be adapted.
 
@@ -259,5 +293,7 @@ def load_optimizer(optimizer, moments):
         for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
             require(own[name].shape == shape and is_dense(own[name]),
                     f"the optimizer: {i} does not fit a parameter of shape {tuple(p.shape)}: use another file")
+            require(own[name].dtype == torch.float32 and own[name].is_contiguous(),
+                    f"the optimizer: {i} is not contiguous float32: use another file")
     groups = optimizer.state_dict()["param_groups"]                             # they follow from the recipe
     optimizer.load_state_dict(dict(state={i: moments[i] for i in range(len(params))}, param_groups=groups))

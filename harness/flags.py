@@ -86,6 +86,9 @@ def report_errors():
             time.sleep(REPORT_AFTER)   # local rank 0 reports it, and torchrun ends this one, unless that has no error
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:            # of programs that have nothing to save
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def shorten(names):
@@ -131,7 +134,11 @@ def overrides(cfg, size, step):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with wrong flags as InputErrors: they are reported as all bad input is."""
+    """argparse, with wrong flags as InputErrors: they are reported as all bad input is. A description's first line
+    counts: it may be a module's docstring, which python -OO leaves out."""
+
+    def __init__(self, description=None, **about):
+        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **about)
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
@@ -144,11 +151,14 @@ def nonempty(value):
     return value
 
 
+MANY = 10 ** 9
 BOUNDS = {  # of numbers, by name, wherever they come from: a flag or a file; other numbers are at least 0
     **dict.fromkeys(("img_size", "patch_size", "num_classes", "width", "heads", "epochs", "batch_size", "micro_batch",
-                     "iterations", "eval_every", "short_side", "seeds", "jobs", "repeats", "larger_epochs",
-                     "pretrain_epochs", "img_sizes", "batch_sizes"), (1, math.inf)),
-    **dict.fromkeys(("label_smoothing", "erasing", "soft_mask"), (0, 1)),
+                     "iterations", "eval_every", "seeds", "jobs", "repeats", "larger_epochs", "pretrain_epochs",
+                     "img_sizes", "batch_sizes"), (1, MANY)),
+    **dict.fromkeys(("label_smoothing", "erasing", "soft_mask", "layer_decay"), (0, 1)),
+    **dict.fromkeys(("mixup", "cutmix"), (0, 1000)),         # alphas of Beta distributions
+    "short_side": (1, 10_000),
     "depth": (1, 1000),              # 100,000 blocks would be built for minutes
     "drop_path": (0, 0.99),
     "workers": (0, 1024),
@@ -162,7 +172,7 @@ def check_bounds(values, written=flag):
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 low, high = BOUNDS.get(name, (0, math.inf))
-                bounds = f"at least {low}" if high == math.inf else f"from {low} to {high:,}"
+                bounds = f"at least {low}" if high >= MANY and not value > high else f"from {low} to {high:,}"
                 require(low <= value <= high and (isinstance(value, int) or math.isfinite(value)),
                         f"{written(name)} is {value}; it must be {bounds}")
 
@@ -204,7 +214,7 @@ def parse_flags(argv, description, groups, choices, out="out", **about):
     `groups` are {title: dataclasses}. A field that occurs twice becomes one flag, and num_classes none, which the data
     determine. InputError for what is wrong.
     """
-    parser, seen = Parser(description=description, allow_abbrev=False, **about), {"num_classes"}
+    parser, seen = Parser(description, **about), {"num_classes"}
     for title, classes in groups.items():
         group = parser.add_argument_group(title) if title else parser
         for cls in classes:

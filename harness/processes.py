@@ -10,6 +10,8 @@ import gc
 import math
 import multiprocessing
 import os
+import queue
+import re
 import signal
 import socket
 import sys
@@ -29,7 +31,7 @@ from harness.flags import InputError, plural, require
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 PREEMPTED = 75           # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 cpu_group = None         # all ranks, for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
@@ -40,14 +42,13 @@ def setup(device="auto", dtype="auto"):
     `auto` takes a GPU where there is one, and fast_dtype() of it.
     """
     rank, world, local_rank = environment()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
     if dtype == "auto":
         dtype = fast_dtype(device)
-    require(device != "cuda" or local_world <= gpus, f"--device cuda: this machine has {gpus} GPUs for {local_world} "
-            "processes; start fewer, or use --device cpu")
+    require(device != "cuda" or local_world() <= gpus, f"--device cuda: this machine has {gpus} GPUs for "
+            f"{local_world()} processes; start fewer, or use --device cpu")
     require(device != "mps" or mps, "--device mps: there is none on this machine; use --device cpu")
     require(device != "mps" or world == 1, "--device mps: one process at a time; use --device cpu")
     require(dtype in DTYPES, f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")        # of a checkpoint
@@ -80,16 +81,30 @@ def processor(device):
 
 
 def environment():
-    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for half of them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if "RANK" not in os.environ:
+    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for half of them, and
+    for one of several tasks that a batch system started: they would train as many runs."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = [name for name in names[:3] if name in os.environ]
+    if not given:
+        for task, tasks in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+            count = os.environ.get(tasks, "1")
+            require(task not in os.environ or count == "1", f"this is one of {count} tasks ({tasks}) that do not know of "
+                    "each other: start one on each machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
         return 0, 1, 0
     missing = [name for name in names if name not in os.environ]
-    require(not missing, f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
-    values = [os.environ[name] for name in names[:3]]
-    require(all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]),
-            f"{', '.join(names[:3])} are {', '.join(values)}: start with torchrun, which sets them")
-    return tuple(int(value) for value in values)
+    require(not missing, f"{given[0]} is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
+    values = [os.environ[name] for name in names[:4]]
+    numbers = [int(value) if re.fullmatch(r"0|[1-9]\d{0,8}", value) else -1 for value in values]
+    rank, world, local_rank, port = numbers
+    require(min(numbers) >= 0 and rank < world and local_rank < world and 0 < port < 2 ** 16,
+            f"{', '.join(names[:4])} are {', '.join(values)}: start with torchrun, which sets them")
+    return rank, world, local_rank
+
+
+def local_world():
+    """The number of ranks on this node."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(value) if re.fullmatch(r"[1-9]\d{0,8}", value) else 1
 
 
 def join(rank, world, device):
@@ -119,7 +134,7 @@ def is_rank_0():
 def default_workers():
     """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, cores // local_world())
 
 
 def wrap(model, blocks, machine, world):
@@ -175,28 +190,63 @@ def on_rank_0(function, *args):
 
 
 def print_rank0(text, file=None):
-    """Print on rank 0. What cannot be written any more, to a closed terminal or pipe or a full disk, is dropped: a run
-    does not end with its output."""
-    file = file or sys.stdout
-    try:
-        if is_rank_0():
-            tqdm.write(text, file)
-            file.flush()
-    except OSError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())         # what is left in its buffer, too
+    if is_rank_0():
+        tqdm.write(text, file or sys.stdout)
+        (file or sys.stdout).flush()
 
 
-stop_requests = []                 # the signals that asked this program to stop
+class Output:
+    """A stream that a program never waits for, and never ends with: a thread hands on what is written; what nobody
+    reads, or a closed pipe or a full disk does not take, is dropped."""
+
+    def __init__(self, stream):
+        self.stream, self.texts = stream, queue.Queue(1000)
+        threading.Thread(target=self.hand_on, daemon=True).start()
+        atexit.register(self.finish)
+
+    def __getattr__(self, name):                         # isatty, encoding ...
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(queue.Full):
+            self.texts.put_nowait(text)
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def hand_on(self):
+        while True:
+            rest = self.texts.get().encode(self.stream.encoding, "backslashreplace")
+            with suppress(OSError):
+                while rest:              # not through the stream, whose lock the interpreter's end would wait for
+                    rest = rest[os.write(self.stream.fileno(), rest):]
+            self.texts.task_done()
+
+    def finish(self):
+        """Wait until all is handed on, two seconds at most."""
+        deadline = time.monotonic() + 2
+        while self.texts.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+stop_requests = []                 # what asked this program to stop: signals
 write_lock = threading.Lock()      # held while a file is written
+at_stake = threading.Event()       # set once there is something to lose
 
 
 def stop_on_signals():
-    """SIGTERM, SIGINT and SIGHUP ask the program to stop, by what they leave in stop_requests; one that comes two
-    seconds or more later ends it at once. (Sooner it is the same Ctrl-C, from the terminal and from torchrun.)
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the program to stop, by what they leave in stop_requests; before anything
+    is at stake they end it at once, and so does one that comes two seconds or more after the first. (Sooner it is the
+    same Ctrl-C, from the terminal and from torchrun.) A process whose launcher has died is asked, too.
 
-    A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank.
+    A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank. So
+    would a program that prints where nobody reads, hence Output.
     """
+    for name in ("stdout", "stderr"):
+        with suppress(AttributeError, OSError):          # closed, or no file
+            getattr(sys, name).fileno()
+            setattr(sys, name, Output(getattr(sys, name)))
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     for number in SIGNALS:
@@ -206,12 +256,21 @@ def stop_on_signals():
     threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
 
 
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ILLAMA_LADDER")      # by torchrun, or by experiments/ladder.py
+
+
 def listen(reading, writing):            # the latter to keep it open
-    first = math.inf
+    first, launcher = math.inf, os.getppid()
+    reading.settimeout(1)                # seconds between two looks for the launcher
     while True:
-        number = reading.recv(1)[0]
+        try:
+            number = reading.recv(1)[0]
+        except TimeoutError:
+            if first < math.inf or os.getppid() == launcher or not any(name in os.environ for name in LAUNCHED):
+                continue
+            number = signal.SIGTERM      # this process is an orphan
         if number in SIGNALS:
-            if time.monotonic() - first > 2:
+            if not at_stake.is_set() or time.monotonic() - first > 2:
                 with write_lock:
                     os._exit(128 + number)
             stop_requests.append(number)
@@ -220,19 +279,26 @@ def listen(reading, writing):            # the latter to keep it open
                 print_rank0("stopping as soon as everything is saved; a second signal ends it at once")
 
 
-def start_worker(_):
-    """Ignore the signals that stop a run: they reach workers too, and a worker's death would end the run before it is
-    saved. Freeze the garbage collector: its marks would copy the shared memory of all modules, 80 MB per worker."""
-    signal.set_wakeup_fd(-1)     # inherited by fork: the worker's signals would reach the run's listen()
+def ignore_signals():
+    """Those that ask to stop: once all is saved, and in workers, which they reach too."""
+    signal.set_wakeup_fd(-1)     # inherited by fork: a worker's signals would reach the run's listen()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def start_worker(_):
+    """Ignore signals: a worker's death would end the run before it is saved. Freeze the garbage collector: its marks
+    would copy the shared memory of all modules, 80 MB per worker. Print directly: threads are not inherited."""
+    ignore_signals()
+    sys.stdout, sys.stderr = (getattr(stream, "stream", stream) for stream in (sys.stdout, sys.stderr))
     gc.freeze()
 
 
 @atexit.register
 def end_workers():
     """Kill the workers that are left: at exit multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # where torch would report their end as an error
+    if hasattr(signal, "SIGCHLD"):                         # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # where torch would report their end as an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -5,6 +5,7 @@
 
 Both are plain objects that a training loop calls, that of train.py and that of downstream/segment.py.
 """
+import hashlib
 import io
 import itertools
 import json
@@ -18,14 +19,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from harness.checkpoint import CHECKPOINT, load_optimizer, read_checkpoint, validate
+from harness.files import read_bytes
 from harness.flags import InputError, flags_of, overrides, plural, printable, require, shorten
-from harness.processes import (PREEMPTED, all_gather, default_workers, is_rank_0, on_rank_0, print_rank0, processor,
-                               shut_down, stop_requests, write_lock)
+from harness.processes import (PREEMPTED, all_gather, at_stake, default_workers, ignore_signals, is_rank_0, on_rank_0,
+                               print_rank0, processor, shut_down, stop_requests, write_lock)
 from model import Config
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
@@ -50,32 +53,42 @@ def find_checkpoint(given, *parts, out="out"):
         return None, None
     require(not (given["resume"] and "out" in given),
             f"--resume {given['resume']} continues in that folder: drop --out")
-    root = Path(given["resume"] or given.get("out") or out)
+    explicit = given["resume"] or given.get("out")
+    root = Path(explicit or out)
     if root.is_file():
-        return root, read_run(root, *parts)
+        return root, check_run(read_checkpoint(root), root, *parts)
     names = "last.pt", "prev.pt"                     # by age: whatever time a copied file bears
-    found = [path for name in names for path in (root / name, *root.glob(f"*/{name}")) if path.exists()]
+    folders = [root] if explicit else [root, *root.glob("*")]
+    found = [path for name in names for path in (folder / name for folder in folders) if path.exists()]
     require(found or not given["resume"], f"--resume {root}: no checkpoint there; check the path, or give --out {root} "
             "--resume, which starts where nothing has been saved")
     if not found:
         return None, None
     folder, errors = max(found, key=lambda path: path.stat().st_mtime).parent, []
+    if is_rank_0() and (folder / ".lock").exists():
+        held = lock(folder)                          # an error while another process writes what is read here
+        if held:
+            held.close()
     for path in (folder / name for name in names if folder / name in found):
         try:
-            checkpoint = read_run(path, *parts)
-        except InputError as error:
+            checkpoint = read_checkpoint(path)
+        except InputError as error:                  # it is damaged
             errors.append(str(error))
             continue
         if errors:
             print_rank0(f"warning: resuming from {path}, the one before, for {'; '.join(errors)}", sys.stderr)
-        return path, checkpoint
+        return path, check_run(checkpoint, path, *parts)
     raise InputError(f"no checkpoint in {folder} is intact ({'; '.join(errors)}): restore one, or start anew")
 
 
-def read_run(path, state, run, recipe):
-    checkpoint = read_checkpoint(path)
+def check_run(checkpoint, path, state, run, recipe):
+    """The checkpoint, if it is of such a run. InputError for another."""
     if isinstance(checkpoint.get("run"), dict):
         checkpoint["run"].pop("select", None)            # a flag of earlier versions
+    if isinstance(checkpoint.get("recipe"), dict):
+        segments, should = "head" in checkpoint["recipe"], "head" in {field.name for field in fields(recipe)}
+        require(segments == should, f"{path} is a run of {'downstream.segment' if segments else 'train.py'}: resume it "
+                "with that program, or start from its weights with --init-from")
     validate(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(state)} | dict(
         run=run, recipe=recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
     return checkpoint
@@ -84,6 +97,7 @@ def read_run(path, state, run, recipe):
 def check_data(run, recipe, cfg, state, train, val, checkpoint):
     """InputError if there are too few images, if they are not those of the run to resume, or if ranks differ: through a
     file that not all nodes have, or a flag given to some of them."""
+    compare_flags(run)
     require(len(train) >= recipe.batch_size, f"--data {run.data} has {len(train)} training images, less than one "
             f"--batch-size {recipe.batch_size}: make it smaller")
     if checkpoint:
@@ -92,9 +106,31 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
                 "that it was started with")
         require(len(train) == checkpoint["train_images"], f"--data {run.data} has {len(train)} training images, but "
                 f"the run to resume had {checkpoint['train_images']}: give the data that it was started with")
-    data = "" if Path(run.data).exists() else run.data               # a folder may have two paths
-    mine = asdict(state) | asdict(cfg) | asdict(recipe) | dict(
-        seed=run.seed, dtype=run.dtype, data=data, train_images=len(train), test_images=len(val), classes=train.classes)
+        total = getattr(recipe, "iterations", None) or recipe.epochs * (len(train) // recipe.batch_size)
+        require(state.iteration <= total, f"the checkpoint is at iteration {state.iteration:,} of {total:,}: use another "
+                "one")
+        require(checkpoint.get("images", images_of(train, val)) == images_of(train, val), f"--data {run.data} has images "
+                "of other names than the run to resume had, or other validation images: give the data that it was "
+                "started with")
+    compare_ranks(asdict(state) | asdict(cfg) | asdict(recipe) | dict(
+        train_images=len(train), test_images=len(val), classes=train.classes, images=images_of(train, val)))
+
+
+def images_of(train, val):
+    """A hash of how many images there are and of their files' names: what tells one data set from another."""
+    digest = hashlib.sha256(f"{len(train)} {len(val)}".encode())
+    for source in (train, val):
+        digest.update(getattr(source, "names", np.array([])).tobytes())      # drawn and downloaded ones have none
+    return digest.hexdigest()
+
+
+def compare_flags(run):
+    """InputError if ranks were given different flags: before anything that they do in turn, or they would wait."""
+    data = "" if Path(run.data).exists() else run.data                       # a folder may have two paths
+    compare_ranks(asdict(run) | dict(data=data))
+
+
+def compare_ranks(mine):
     first, *others = all_gather(mine)
     for rank, theirs in enumerate(others, 1):
         for name in mine:
@@ -103,10 +139,10 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
                     "share")
 
 
-def settings_of(run, recipe, cfg, train, world):
+def settings_of(run, recipe, cfg, train, val, world):
     """What config.json and each checkpoint say of a run: plain types."""
     return dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=list(train.classes),
-                train_images=len(train), ranks=world)
+                train_images=len(train), images=images_of(train, val), ranks=world)
 
 
 def name_of(settings):
@@ -229,9 +265,10 @@ class RunFolder:
         if self.file and self.file.name == "prev.pt" and not explicit:
             os.replace(self.file, self.path / "last.pt") # or the next save would put a damaged last.pt in its place
         write(self.path / "config.json", json.dumps(self.settings, indent=1).encode())
-        with suppress(FileNotFoundError):
-            return (self.path / "metrics.jsonl").read_bytes().splitlines()[: self.state.epoch]
-        return []
+        try:
+            return read_bytes(self.path / "metrics.jsonl").splitlines()[: self.state.epoch]
+        except FileNotFoundError:
+            return []
 
     def announce(self, usual, machine, device, train, val, micro_batch, notes, epochs, per_epoch, period="epoch"):
         """Print what the run is, how and where, and what it starts from. `usual` is the recipe before flags changed it,
@@ -299,6 +336,7 @@ class RunFolder:
         print_rank0(f"preempted at iteration {self.state.iteration}; go on with --resume {shlex.quote(str(self.path))}")
         if dist.is_initialized():
             dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
+        ignore_signals()                                 # they are sent until a process has ended
         sys.exit(PREEMPTED)
 
     def finish(self, best, program, data):
@@ -338,8 +376,7 @@ class Monitor:
                 self.unreadable += bool(error)
                 if error and error not in warned:
                     warned.add(error)
-                    with suppress(OSError):              # stderr is lost; print_rank0() is for rank 0 alone
-                        tqdm.write(f"warning: {printable(error)}; until then the next one takes its place", sys.stderr)
+                    tqdm.write(f"warning: {printable(error)}; until then the next one takes its place", sys.stderr)
             yield images, labels
 
     def check(self, loss, norm, scaler):
@@ -363,6 +400,7 @@ class Monitor:
 
     def start(self, title, done, total):
         """Begin an epoch of which so many iterations are done."""
+        at_stake.set()
         self.title, self.done, self.total = title, done, total
         self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
         self.bar = tqdm(total=total, initial=done, desc=title, leave=False, disable=not is_rank_0() or None)

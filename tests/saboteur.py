@@ -4,7 +4,7 @@
 
 MOMENT is "build" (of the model), "train" or "evaluate" (a forward pass there). FAULT strikes the process RANK at the
 NUMBER-th such moment: a signal's name, "SIGINT to all", which is Ctrl-C, "SIGHUP to all", a closed terminal, "SIGTERM
-to the launcher", "full disk" or "nan".
+to the launcher" or "SIGKILL to the launcher", "full disk" or "nan".
 """
 import os
 import resource
@@ -32,8 +32,8 @@ def strike():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))          # bytes a file
     elif fault.endswith(" to all"):
         os.killpg(0, signal.Signals[fault.removesuffix(" to all")])
-    elif fault == "SIGTERM to the launcher":
-        os.kill(os.getppid(), signal.SIGTERM)
+    elif fault.endswith(" to the launcher"):
+        os.kill(os.getppid(), signal.Signals[fault.removesuffix(" to the launcher")])
     elif fault != "nan":
         os.kill(os.getpid(), signal.Signals[fault])
     while fault.startswith("SIG") and not processes.stop_requests:           # a thread takes it

@@ -262,7 +262,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     for changes, said in ((dict(depth=3), 'Missing key(s) in state_dict: "blocks.2.'),
                           (dict(swiglu=False), 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"'),
-                          (dict(num_classes=4), "size mismatch for head.bias: copying a param with shape torch.Size([3])"),
+                          (dict(num_classes=4), "other.pt: 3 classes are named, but the model knows 4: use another file"),
+                          (dict(width=10 ** 20), "other.pt: config: width is 100000000000000000000; it must be from 1 to 1,000,000,000"),
+                          (dict(patch_size=4), "other.pt: the weights do not fit the model: size mismatch for pos_embed"),
                           (dict(colour=1), "other.pt: config has the unknown field 'colour': use another file"),
                           (dict(depth=0), "other.pt: config: depth is 0; it must be from 1 to 1,000")):
         torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")

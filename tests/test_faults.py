@@ -21,7 +21,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import (DEADLINE, ROOT, SMALL, Program, environment, equal, in_ranks, left_behind, load, metrics, refused,
-                      torchrun, wait_until)
+                      starter, torchrun, wait_until)
 from data import Images, eval_transform, open_data, train_transform
 from harness import processes
 from harness import run as harness_run
@@ -150,7 +150,7 @@ def test_a_finished_run_says_so(photos, finished, capsys):
 
 
 @pytest.mark.parametrize("moment, number, fault, iteration", [
-    ("build", 1, "SIGTERM", 1), ("train", 2, "SIGTERM", 2), ("train", 4, "SIGINT to all", 4), ("evaluate", 1, "SIGTERM", 3),
+    ("train", 1, "SIGTERM", 1), ("train", 2, "SIGUSR1", 2), ("train", 4, "SIGINT to all", 4), ("evaluate", 1, "SIGTERM", 3),
     ("train", 5, "SIGHUP to all", 5)])
 def test_a_signal_ends_a_run_that_resumes_exactly(moment, number, fault, iteration, photos, alone, tmp_path):
     code, said, errors = sabotaged(1, photos, tmp_path / "run", 0, moment, number, fault, "--workers", 2)
@@ -162,7 +162,7 @@ def test_a_signal_ends_a_run_that_resumes_exactly(moment, number, fault, iterati
 
 
 @pytest.mark.parametrize("rank, moment, number, fault, iteration", [
-    (0, "train", 4, "SIGTERM to the launcher", 4), (1, "build", 1, "SIGTERM", 1), (1, "train", 2, "SIGTERM", 2),
+    (0, "train", 4, "SIGTERM to the launcher", 4), (1, "train", 1, "SIGTERM", 1), (1, "train", 2, "SIGUSR1", 2),
     (1, "evaluate", 1, "SIGTERM", 3)])
 def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, iteration, photos, alone2, tmp_path):
     launch = torchrun if fault == "SIGTERM to the launcher" else in_ranks
@@ -170,6 +170,25 @@ def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, i
     assert code == (1 if launch == torchrun else 75) and "SIGKILL" not in errors         # after torchrun's 30 seconds
     assert load(tmp_path / "run" / "last.pt")["iteration"] == iteration
     assert said.splitlines()[-1].startswith(f"preempted at iteration {iteration};")
+    code, _, errors = in_ranks(2, ROOT / "train.py", "--resume", tmp_path / "run")
+    assert code == 0, errors
+    assert same(tmp_path / "run", alone2)
+
+
+@pytest.mark.parametrize("fault", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_before_anything_is_at_stake_the_first_signal_ends_a_run_at_once(fault, photos, tmp_path):
+    code, said, errors = sabotaged(1, photos, tmp_path / "run", 0, "build", 1, fault)
+    assert code == 128 + signal.Signals[fault] and said == errors == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_launcher_is_killed_saves_itself(photos, alone2, tmp_path):
+    """With the launcher gone, nobody would end it: it would train on beside the run that is resumed."""
+    launch = partial(torchrun, flags=["--max-restarts=0"])
+    code, said, _ = sabotaged(2, photos, tmp_path / "run", 0, "train", 2, "SIGKILL to the launcher", launch=launch)
+    assert code == -signal.SIGKILL
+    iteration = load(tmp_path / "run" / "last.pt")["iteration"]
+    assert iteration < 6 and not (tmp_path / "run" / ".lock").exists()       # it unlocked the folder when it had saved
     code, _, errors = in_ranks(2, ROOT / "train.py", "--resume", tmp_path / "run")
     assert code == 0, errors
     assert same(tmp_path / "run", alone2)
@@ -269,13 +288,15 @@ def test_a_gpu_is_named_when_nccl_starts_and_waiting_is_glooss_for_a_day(monkeyp
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: calls.append(device))
+    monkeypatch.setattr(processes, "fast_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 1, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: calls.append(kwargs) or "for waiting")
     assert processes.setup() == (1, 2, torch.device("cuda:1"), torch.bfloat16)
-    (backend,), started = calls[0]
-    assert backend == "nccl" and started["device_id"] == torch.device("cuda:1")
-    assert calls[1] == dict(backend="gloo", timeout=timedelta(days=1)) and processes.cpu_group == "for waiting"
+    (backend,), started = calls[1]
+    assert calls[0] == "cuda:1" and backend == "nccl" and started["device_id"] == torch.device("cuda:1")
+    assert calls[2] == dict(backend="gloo", timeout=timedelta(days=1)) and processes.cpu_group == "for waiting"
     assert (started["rank"], started["world_size"]) == (1, 2)
 
 
@@ -316,6 +337,7 @@ def again(frame, event, function):
         interrupt(frame, event, function)
 seen = []
 processes.stop_on_signals()
+processes.at_stake.set()
 sys.setprofile(again)
 signal.raise_signal(signal.SIGTERM)
 sys.setprofile(None)
@@ -341,6 +363,7 @@ class Told(list):
 processes.time = types.SimpleNamespace(monotonic=lambda: float(clock.read_text()))
 processes.stop_requests = Told(["a run that failed"])            # as experiments.ladder does: not a signal
 processes.stop_on_signals()
+processes.at_stake.set()
 print("ready", flush=True)
 fifo.read_bytes()             # as long as nobody writes into the pipe
 """)
@@ -364,6 +387,7 @@ def test_under_nohup_a_run_goes_on_when_its_terminal_is_closed(ignored, hangups,
 import signal, sys, time
 from harness import processes
 processes.stop_on_signals()
+processes.at_stake.set()
 signal.raise_signal(signal.SIGHUP)
 signal.raise_signal(signal.SIGTERM)
 while signal.SIGTERM not in processes.stop_requests:             # they are taken in their order
@@ -378,6 +402,25 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
     ended = subprocess.run([sys.executable, ROOT / "train.py"], capture_output=True, env=environment(PYTHONPATH=tmp_path),
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # also in a script's background
     assert ended.returncode == -signal.SIGINT and ended.stderr == b""
+
+
+def test_output_that_nobody_reads_holds_up_neither_a_run_nor_a_signal(photos, alone, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)                             # open, and never read
+    os.set_blocking(pipe, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe, b"x" * 4096)                                      # until it is full
+    command = [ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *SAVING]
+    os.set_blocking(pipe, True)
+    program = Program(*command, out=tmp_path / "pipe")
+    _, code = starter().wait_for_one([program])
+    assert code == 0 and same(tmp_path / "run", alone)
+    program = Program(ROOT / "tests" / "saboteur.py", 0, "train", 4, "SIGTERM", "--data", photos, "--out", tmp_path / "asked", *SMALL,
+                      *SAVING, out=tmp_path / "pipe")
+    _, code = starter().wait_for_one([program])
+    assert code == 75 and load(tmp_path / "asked" / "last.pt")["iteration"] == 4
+    os.close(pipe)
 
 
 @pytest.mark.parametrize("lost", ["full", "a closed pipe", "closed"])
@@ -435,9 +478,13 @@ def test_what_the_system_refuses_is_reported_in_one_line(photos, tmp_path, capsy
             patch.setenv(name, str(value))
         assert "MASTER_PORT, is in use: give torchrun another --master_port" in refused(train, flags, capsys)
         patch.setenv("WORLD_SIZE", "0")
-        assert "RANK, WORLD_SIZE, LOCAL_RANK are 0, 0, 0: start with torchrun" in refused(train, flags, capsys)
-        patch.setenv("WORLD_SIZE", "two")
-        assert "RANK, WORLD_SIZE, LOCAL_RANK are 0, two, 0: start with torchrun" in refused(train, flags, capsys)
+        assert "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT are 0, 0, 0, " in refused(train, flags, capsys)
+        for name, value in (("WORLD_SIZE", "two"), ("RANK", "00"), ("MASTER_PORT", "99999"), ("MASTER_PORT", "text")):
+            with monkeypatch.context() as wrong:
+                wrong.setenv("WORLD_SIZE", "2")
+                wrong.setenv(name, value)
+                said = refused(train, flags, capsys)
+                assert said.endswith(": start with torchrun, which sets them\n") and value in said
     assert "File name too long" in refused(train, [*SMALL, "--data", "a" * 300], capsys)
     monkeypatch.setattr(Images, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(SystemExit) as end:
@@ -463,7 +510,11 @@ def test_weights_that_are_not_finite_have_no_accuracy(photos, alone, tmp_path, c
     checkpoint = load(alone / "last.pt")
     checkpoint["model"]["head.bias"][0] = float("nan")
     torch.save(checkpoint, tmp_path / "last.pt")
-    assert "the weights hold numbers that are not finite" in refused(evaluation, [tmp_path / "last.pt", "--json", "--workers", 0], capsys)
+    for program, flags in ((evaluation, [tmp_path / "last.pt", "--json", "--workers", 0]),
+                           (evaluation, [tmp_path / "last.pt", "--image", photos / "val" / "cat" / "00.png"]),
+                           (train, ["--data", photos, *SMALL, "--init-from", tmp_path / "last.pt"])):
+        said = refused(program, flags, capsys)
+        assert "last.pt: the weights head.bias hold numbers that are not finite: use an earlier checkpoint" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,8 +741,30 @@ def test_a_run_does_not_go_on_with_other_classes(photos, alone, tmp_path, capsys
 def test_half_an_environment_of_torchrun_is_refused(photos, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "0")
     said = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL], capsys)
-    assert "RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start with torchrun" in said
+    assert "RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start with torchrun" in said
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL], capsys)
+    assert "WORLD_SIZE is set, but not RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start with torchrun" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task, tasks", [("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")])
+def test_tasks_of_a_batch_system_that_do_not_know_each_other_are_refused(task, tasks, photos, alone, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(task, "1")
+    monkeypatch.setenv(tasks, "2")
+    for program, flags in ((train, ["--data", photos, "--out", tmp_path / "run", *SMALL]), (evaluation, [alone])):
+        said = refused(program, flags, capsys)
+        assert f"this is one of 2 tasks ({tasks}) that do not know of each other: start one on each machine, srun" in said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(tasks, "1")                                           # all there is
+    evaluation.main([str(alone), "--workers", "0"])
+
+
+@pytest.mark.parametrize("value, ranks", [("0", 1), ("text", 1), ("", 1), ("2", 2)])
+def test_a_wrong_number_of_local_ranks_is_taken_for_one(value, ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    assert processes.local_world() == ranks and processes.default_workers() >= 0
 
 
 def test_one_rank_under_torchrun_is_the_run_without_it(photos, alone, tmp_path):

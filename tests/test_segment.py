@@ -503,7 +503,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         ([*data, "--lr", "nan"], "--lr is nan"),
         ([*data, *TINY, "--warmup", 5], "--iterations 4 would end before --warmup 5: lower that, too"),
         (["--resume", trained, "--lr", 1], "--resume continues the run as it was started"),
-        (["--resume", finished], "lacks"),
+        (["--resume", finished], "last.pt is a run of train.py: resume it with that program, or start from its weights"),
         (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
         (["eval", trained, "--image", "a.png", "--draw", "a.xyz"], "a name that ends in .png"),
         (["eval", trained, "--workers", -1], "--workers is -1"),
@@ -519,7 +519,7 @@ def test_weights_that_are_not_finite_have_no_miou(trained, tmp_path, capsys):
     checkpoint = load(trained / "last.pt")
     next(value for name, value in checkpoint["model"].items() if name.startswith("decode."))[:] = float("nan")
     torch.save(checkpoint, tmp_path / "last.pt")
-    assert "the logits of an image are not finite" in refused(segment, ["eval", tmp_path / "last.pt", "--workers", 0], capsys)
+    assert "last.pt: the weights decode." in refused(segment, ["eval", tmp_path / "last.pt", "--workers", 0], capsys)
 
 
 def test_the_classes_of_an_image_are_drawn_beside_it_with_a_legend(streets, trained, tmp_path, capsys):

@@ -805,7 +805,7 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
     (dict(classes=["cat", "dog", "fox"]), "has the classes cat, dog, owl, but the run to resume had cat, dog, fox"),
     (dict(train_images=25), "has 24 training images, but the run to resume had 25"),
     (dict(model={}), "the weights do not fit the model: "),
-    (dict(model=torch.zeros(1)), "last.pt: model is 'tensor([0.])', which is not of the type dict: use another file"),
+    (dict(model=torch.zeros(1)), "last.pt: model is tensor([0.]), which is not of the type dict: use another file"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
     torch.save(torch.load(finished / "last.pt", weights_only=True) | changes, tmp_path / "last.pt")
