@@ -82,10 +82,11 @@ def read_classes(root):
 def read_annotation(path, size, classes):
     """An annotation as a PIL image of mode L. InputError that names it if it is none."""
     annotation = decode(path, "an annotation")
-    mode = annotation.stored if annotation.stored in ("L;2", "L;4") else annotation.mode     # which PIL scales to 8 bits
+    scaled = annotation.stored in ("L;2", "L;4")           # to 8 bits, by PIL
+    mode = annotation.stored if scaled else annotation.mode
     require(mode in ("L", "P"),                            # P: a palette, whose colours do not matter
-            f"{path} has the mode {mode}; an annotation has one channel of 8 bits, the number of a class in each pixel: "
-            "convert it")
+            f"{path} has the mode {mode}; an annotation has one channel of 8 bits, the number of a class in each "
+            "pixel: convert it")
     require(annotation.size == size, f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} "
             f"x {size[1]}: replace one of them")
     pixels = np.asarray(annotation)

@@ -78,7 +78,8 @@ def names_file(function):
         try:
             return function(*args, **kwargs)
         except InputError as error:
-            source = next((str(getattr(arg, "source", arg)) for arg in args if isinstance(arg, Checkpoint | str | Path)), "")
+            files = [str(getattr(arg, "source", arg)) for arg in args if isinstance(arg, Checkpoint | str | Path)]
+            source = files[0] if files else ""
             raise InputError(str(error) if source in str(error) else f"{source}: {error}") from error
     return naming
 
@@ -176,8 +177,8 @@ def open_checkpoint(source):
     if "config" in checkpoint:
         validate(checkpoint, CHECKPOINT, source)
         classes, count = checkpoint["classes"], checkpoint["config"].get("num_classes", 1000)
-        require(classes is None or len(classes) == count, f"{len(classes or ())} classes are named, but the model knows "
-                f"{count}: use another file")
+        require(classes is None or len(classes) == count, f"{len(classes or ())} classes are named, but the model "
+                f"knows {count}: use another file")
         return checkpoint
     state = weights_of(checkpoint)
     try:  # size, patches and resolution follow from the shapes
@@ -226,8 +227,8 @@ def set_alpha(model, alpha):
 def load_strictly(module, state, assign=False):
     """module.load_state_dict(); an InputError in one line if the weights do not fit, or are not finite."""
     for name, value in state.items():
-        require(not isinstance(value, torch.Tensor) or value.isfinite().all(), f"the weights {name} hold numbers that are "
-                "not finite: use an earlier checkpoint, or train again with a smaller --lr")
+        require(not isinstance(value, torch.Tensor) or value.isfinite().all(), f"the weights {name} hold numbers that "
+                "are not finite: use an earlier checkpoint, or train again with a smaller --lr")
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:

@@ -101,8 +101,9 @@ class ImageFolder(Dataset):
         empty = set(found) - {self.classes[label] for label in set(labels)}
         require(not empty, f"{folder} has class folders without images ({shorten(sorted(empty))}): fill or remove them")
         if others:
-            print_rank0(f"warning: {plural(len(others), 'file')} in {folder} are left out ({printable(shorten(others))}): "
-                        f"images are those in class folders that end in {', '.join(IMG_EXTENSIONS)}", sys.stderr)
+            print_rank0(f"warning: {plural(len(others), 'file')} in {folder} are left out "
+                        f"({printable(shorten(others))}): images are those in class folders that end in "
+                        f"{', '.join(IMG_EXTENSIONS)}", sys.stderr)
         self.names, self.labels = np.array([os.fsencode(name) for name in names]), np.array(labels)
 
     def __len__(self):
@@ -116,8 +117,8 @@ class ImageFolder(Dataset):
 
 
 def imagenet_classes(data):
-    """The 1,000 class folders of DATA/val in the order of ImageNet's classes, for weights that do not name theirs, and a
-    warning unless they are WordNet ids. None for other data, whose own order counts."""
+    """The 1,000 class folders of DATA/val in the order of ImageNet's classes, for weights that do not name theirs, and
+    a warning; None for WordNet ids and for other data, whose own order counts."""
     folder = Path(data, "val")
     found = class_folders(folder) if folder.is_dir() else []
     names = [simple(name) for name in IMAGENET]
@@ -131,8 +132,8 @@ def imagenet_classes(data):
         order = "their names in torchvision's list"
     else:
         classes, order = found, "the alphabet, which is right for WordNet ids (n01440764 ...) alone"
-    print_rank0(f"warning: the weights do not name their classes, and the folders in {folder} are no WordNet ids: they are "
-                f"taken to be ImageNet's classes by {order}", sys.stderr)
+    print_rank0(f"warning: the weights do not name their classes, and the folders in {folder} are no WordNet ids: they "
+                f"are taken to be ImageNet's classes by {order}", sys.stderr)
     return classes
 
 
@@ -147,9 +148,11 @@ def open_folder(root, split, classes=None, known=()):
     require(root.is_dir(), f"--data {root} is neither one of {', '.join(known)} nor a folder: check the path")
     require(folder.is_dir(), f"{folder} is missing: put images into {folder}/CLASS/, a folder for each class")
     found = class_folders(folder)
-    require(found, f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class"
-            + ("; ImageNet's validation images are sorted by torchvision.datasets.ImageNet(PATH, 'val'), from their archive"
-               " and the development kit" if any(map(is_image, os.listdir(folder))) else ""))
+    hint = ""
+    if any(map(is_image, os.listdir(folder))):
+        hint = ("; ImageNet's validation images are sorted by torchvision.datasets.ImageNet(PATH, 'val'), from their "
+                "archive and the development kit")
+    require(found, f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class{hint}")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     require(not unknown, f"{folder} has the class folders {shorten(unknown)}, which are not among the {len(classes)} "

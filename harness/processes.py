@@ -88,8 +88,8 @@ def environment():
     if not given:
         for task, tasks in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
             count = os.environ.get(tasks, "1")
-            require(task not in os.environ or count == "1", f"this is one of {count} tasks ({tasks}) that do not know of "
-                    "each other: start one on each machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
+            require(task not in os.environ or count == "1", f"this is one of {count} tasks ({tasks}) that do not know "
+                    "of each other: start one per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
         return 0, 1, 0
     missing = [name for name in names if name not in os.environ]
     require(not missing, f"{given[0]} is set, but not {', '.join(missing)}: start with torchrun, which sets them all")

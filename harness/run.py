@@ -107,11 +107,11 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
         require(len(train) == checkpoint["train_images"], f"--data {run.data} has {len(train)} training images, but "
                 f"the run to resume had {checkpoint['train_images']}: give the data that it was started with")
         total = getattr(recipe, "iterations", None) or recipe.epochs * (len(train) // recipe.batch_size)
-        require(state.iteration <= total, f"the checkpoint is at iteration {state.iteration:,} of {total:,}: use another "
-                "one")
-        require(checkpoint.get("images", images_of(train, val)) == images_of(train, val), f"--data {run.data} has images "
-                "of other names than the run to resume had, or other validation images: give the data that it was "
-                "started with")
+        require(state.iteration <= total, f"the checkpoint is at iteration {state.iteration:,} of {total:,}: use "
+                "another one")
+        images = images_of(train, val)
+        require(checkpoint.get("images", images) == images, f"--data {run.data} has images of other names than the run "
+                "to resume had, or other validation images: give the data that it was started with")
     compare_ranks(asdict(state) | asdict(cfg) | asdict(recipe) | dict(
         train_images=len(train), test_images=len(val), classes=train.classes, images=images_of(train, val)))
 

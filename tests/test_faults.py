@@ -755,7 +755,7 @@ def test_tasks_of_a_batch_system_that_do_not_know_each_other_are_refused(task, t
     monkeypatch.setenv(tasks, "2")
     for program, flags in ((train, ["--data", photos, "--out", tmp_path / "run", *SMALL]), (evaluation, [alone])):
         said = refused(program, flags, capsys)
-        assert f"this is one of 2 tasks ({tasks}) that do not know of each other: start one on each machine, srun" in said
+        assert f"this is one of 2 tasks ({tasks}) that do not know of each other: start one per machine, srun" in said
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv(tasks, "1")                                           # all there is
     evaluation.main([str(alone), "--workers", "0"])
