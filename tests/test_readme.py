@@ -104,11 +104,11 @@ def test_segmentation_commands_have_flags_that_exist(command):
 
 def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+"
-                          r"|downstream\.select|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
+                          r"|downstream\.select|downstream\.llama|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "anytime", "where", "select", "transfer")),
         *(f"benchmarks.{name}" for name in ("bench_model", "bench_data")),
-        "downstream.select", "downstream.segment"}
+        "downstream.select", "downstream.segment", "downstream.llama"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         shares = {"experiments.properties": "eval.py", "experiments.anytime": "experiments/properties.py",

@@ -1,0 +1,117 @@
+"""It is a LLaMA: a trained model as the LlamaModel of the transformers library, unmodified.
+
+    python -m downstream.llama RUN --out FOLDER            # needs transformers; LlamaModel.from_pretrained opens FOLDER
+    python -m downstream.llama RUN --out FOLDER --check    # and compare the logits of validation images
+
+Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with SwiGLU, RMSNorm and RoPE the blocks are LLaMA's.
+The library's model takes what embed() gives, patches and class token, as the embeddings of a text. FOLDER/vision.pt has
+the rest: patches, positions, class token and head.
+"""
+from pathlib import Path
+
+import torch
+
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
+from downstream.select import LLAMA
+from eval import open_model, open_val
+from harness.flags import InputError, Parser, check_bounds, nonempty, report_errors, require
+
+
+def half_split(rows, heads):
+    """Rows of q or k (D, ...) with each head's pairs of channels half a head apart, as the library rotates them; here
+    the two of a pair are neighbours."""
+    rows = rows.unflatten(0, (heads, -1, 2))                         # h, d/2, 2, ...
+    return rows.transpose(1, 2).flatten(0, 2)
+
+
+def to_llama(model):
+    """The blocks and the last norm of a model as a transformers.LlamaModel. InputError if they are no LLaMA's."""
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError as error:
+        raise InputError("this needs the transformers library: pip install transformers") from error
+    cfg = model.cfg
+    require(cfg.swiglu and cfg.rmsnorm and cfg.rope, "a LLaMA has SwiGLU, RMSNorm and RoPE: use a run of --step rope "
+            "or a later one")
+    why = "; under `soft` later keys stay in the softmax's denominator, even at alpha 0" if cfg.mask == "soft" else ""
+    require(model.is_causal, f"a LLaMA's mask hides the future exactly, {cfg.mask!r} does not: use a run with mask "
+            f"causal, or soft_log at alpha 0{why}")
+    llama = LlamaModel(LlamaConfig(
+        hidden_size=cfg.width, intermediate_size=model.blocks[0].mlp.fc1.out_features, num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads, attention_bias=True, rms_norm_eps=1e-6, max_position_embeddings=cfg.tokens,
+        vocab_size=1, bos_token_id=None, eos_token_id=None))         # no words; RoPE's base is 10,000 by default
+    weights = {"norm.weight": model.norm.weight, "embed_tokens.weight": torch.zeros(1, cfg.width)}
+    ours = {theirs: name for theirs, name in LLAMA.items() if not theirs.startswith("self_attn.")}
+    for i, block in enumerate(model.blocks):
+        own, layer = block.state_dict(), f"layers.{i}"
+        weights |= {f"{layer}.{theirs}": own[name] for theirs, name in ours.items()}
+        for kind in ("weight", "bias"):
+            q, k, v = own[f"attn.qkv.{kind}"].chunk(3)
+            rows = dict(q=half_split(q, cfg.heads), k=half_split(k, cfg.heads), v=v, o=own[f"attn.proj.{kind}"])
+            weights |= {f"{layer}.self_attn.{name}_proj.{kind}": value for name, value in rows.items()}
+    llama.load_state_dict(weights)
+    return llama.eval()
+
+
+def logits_of(llama, model, images):
+    """Logits (B, classes) by the library's blocks: model(images), if it is a LLaMA."""
+    hidden = llama(inputs_embeds=model.embed(images)).last_hidden_state                      # B, N, D
+    return model.head(hidden[:, model.cls])[:, 0]
+
+
+def logits_by_rows(llama, model, images):
+    """The same, read in rows of patches through the library's cache of keys and values; the class token must be last.
+    """
+    from transformers import DynamicCache
+    tokens, grid, cache = model.embed(images), model.cfg.grid, DynamicCache()
+    for part in tokens.split([grid] * grid + [1], dim=1):
+        output = llama(None, None, None, cache, inputs_embeds=part)  # by place, as its name differs by version
+    return model.head(output.last_hidden_state)[:, 0]
+
+
+@torch.no_grad()
+def largest_difference(llama, model, batches):
+    """Of the logits of all images, whole and read by rows: the largest differences to the model's own."""
+    largest = [0.0, 0.0]
+    for images, _, errors in batches:
+        check_readable(errors)
+        images = normalize(images)
+        own, ways = model(images), [logits_of]
+        if model.cfg.cls_last:
+            ways.append(logits_by_rows)
+        for i, way in enumerate(ways):
+            largest[i] = max(largest[i], (way(llama, model, images) - own).abs().max().item())
+    return largest
+
+
+@report_errors()
+def main(argv=None):
+    parser = Parser(__doc__, prog="python -m downstream.llama")
+    parser.add_argument("checkpoint", help="a run's folder, or its best.pt or last.pt")
+    parser.add_argument("--out", type=nonempty, required=True, help="the folder to write")
+    parser.add_argument("--check", action="store_true", help="compare the logits of validation images")
+    parser.add_argument("--images", type=int, default=256, help="how many of them")
+    parser.add_argument("--data", type=nonempty, help="a data set or a folder with val/CLASS/IMAGE; default: the run's")
+    args = parser.parse_args(argv)
+    check_bounds(vars(args))
+    out, cpu = Path(args.out), torch.device("cpu")
+    require(not (out / "config.json").exists(), f"--out {out} holds another model or run: give another folder")
+    model, checkpoint = open_model(args.checkpoint, cpu)
+    llama = to_llama(model)
+    llama.save_pretrained(out)
+    rest = {name: value for name, value in model.state_dict().items() if not name.startswith(("blocks.", "norm."))}
+    torch.save(dict(checkpoint, model=rest), out / "vision.pt")
+    count = sum(p.numel() for p in llama.parameters())
+    print(f"{out} has a LlamaModel of {count:,} parameters, and beside it vision.pt")
+    if args.check:
+        from transformers import LlamaModel
+        val = open_val(args.checkpoint, checkpoint, model, args.data)
+        images = Images(val, lambda image, rng: eval_transform(image, rng, model.cfg.img_size))
+        batches = loader(images, eval_batches(min(args.images, len(val)), 32), 0, cpu)
+        whole, rows = largest_difference(LlamaModel.from_pretrained(out).eval(), model, batches)
+        print(f"{min(args.images, len(val))} images, largest difference of a logit: {whole:.1e}, read by rows: "
+              f"{rows:.1e}")
+
+
+if __name__ == "__main__":
+    main()
