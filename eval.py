@@ -2,12 +2,12 @@
 
     python eval.py out/tiny-soft_mask-shapes-1                       # a run's best.pt, on the data it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/last.pt --data PATH   # on PATH/val
-    python eval.py out/tiny-soft_mask-shapes-1 --image cat.jpg       # its five most likely classes
+    python eval.py RUN --image cat.jpg --attention cat.png           # its likely classes, and what it looks at
+    python eval.py RUN --export model.pt2                            # or .onnx, .safetensors: for other programs
     python eval.py illama-tiny-in1k-75.0 --data PATH                 # the published weights
     torchrun --nproc_per_node=8 eval.py ...                          # the same numbers, sooner
 
-A checkpoint knows its model, its classes and its soft mask, so no flags repeat them. Calibration, shape bias and the
-paper's other properties are in experiments/properties.py.
+A checkpoint knows its model, classes and soft mask. The paper's properties are in experiments/properties.py.
 """
 import json
 import math
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
+from data import MEAN, STD, Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint, set_alpha
+from harness.export import draw_attention, export
 from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
-from harness.processes import (DEVICES, DTYPES, all_gather, default_workers, is_rank_0, once_per_node, setup, shut_down,
-                               stop_requests)
+from harness.processes import DTYPES, all_gather, is_rank_0, once_per_node, setup, shut_down, stop_requests
+from harness.run import add_eval_flags
 
 
 @torch.no_grad()
@@ -99,15 +100,6 @@ def open_val(source, checkpoint, model, data=None):
     return val
 
 
-def add_eval_flags(parser):
-    """The flags that programs share which evaluate a model."""
-    parser.add_argument("--data", type=nonempty, help="a data set or a folder with val/CLASS/IMAGE; default: the run's")
-    parser.add_argument("--soft-mask", type=float, help="alpha for the checkpoint's, from 1 (bidirectional) to 0")
-    parser.add_argument("--batch-size", type=int, default=256, help="batch size (per rank)")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
-
-
 @report_errors()
 def main(argv=None):
     parser = Parser(description="Evaluate a checkpoint of train.py.")
@@ -115,24 +107,32 @@ def main(argv=None):
     add_eval_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     parser.add_argument("--image", type=nonempty, help="classify this image alone: print its five most likely classes")
+    parser.add_argument("--attention", type=nonempty, help="with --image: a .png of what the class token attends to")
+    parser.add_argument("--export", type=nonempty, help="write the model as a .pt2, .onnx or .safetensors instead")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     require(not (args.image and args.data), "--image classifies one image alone: drop it, or --data")
+    require(args.image or not args.attention, "--attention is of one image: add --image")
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_model(args.checkpoint, device, args.soft_mask)
     if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
         dtype = torch.float32
     transform = partial(eval_transform, size=model.cfg.img_size)
+    if args.export:
+        return export(model, args.export, checkpoint, dict(mean=MEAN, std=STD))
     if args.image:
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
                 f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
         classes = classes or IMAGENET
-        image = Images([(read_image(args.image), 0)], transform)
+        image = Images([(read_image(args.image, upright=True), 0)], transform)
         [(logits, _)] = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
         result = most_likely(logits[0], classes)
         lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
+        if args.attention:
+            pixels, _, _ = image[0, 0]
+            draw_attention(model, pixels, normalize(pixels[None].to(device)), args.attention)
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)

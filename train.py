@@ -176,7 +176,7 @@ def parse(argv=None):
                    soft_mask_schedule=("constant", "linear"))
     return parse_flags(argv, "Train any step from ViT to iLLaMA.", {
         "": [Run, Machine], "how to train (default: as --recipe says)": [Recipe],
-        "model (default: as --size and --step say)": [Config]}, choices)
+        "model (default: as --size and --step say)": [Config]}, choices, data=DATASETS)
 
 
 def default_recipe(run):

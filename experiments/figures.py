@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from data import eval_transform, labels_of, open_data
+from data import eval_transform, labels_of, normalize, open_data
 from experiments.ladder import VARIANTS, title_of
-from experiments.properties import class_token_attention, open_conflict, singular_values_for
+from experiments.properties import open_conflict, singular_values_for
 from experiments.report import uniform_attention
 from experiments.results import EPOCHS, READ, SEGMENTED, by_step, climbed, read_by, seeds_of, segmented
 from harness.checkpoint import build, open_checkpoint
+from harness.export import class_token_attention
 from harness.flags import Parser, report_errors, require
 from model import STEPS, Config, VisionTransformer
 from synthetic.shapes import Shapes
@@ -272,7 +273,7 @@ def draw_attention(runs, data):
         grey = 0.25 + 0.75 * np.asarray(image).mean(-1) / 255                    # H, W
         show(row[0], image)
         row[0].set_ylabel(f"{step}\n\n{title}", rotation=0, ha="left", va="center", labelpad=75)
-        patches = class_token_attention(model, TF.pil_to_tensor(image)[None])[:, 0]          # depth, P
+        patches = class_token_attention(model, normalize(TF.pil_to_tensor(image)[None]))[:, 0]          # depth, P
         for ax, weights in zip(row[1:], patches):
             show(ax, grey, cmap="gray", vmin=0, vmax=1)
             total, most = weights.sum().item(), weights.argmax().item()

@@ -23,12 +23,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import Images, eval_batches, eval_transform, loader, normalize
-from eval import add_eval_flags, evaluate, open_model, open_val, predict, score
+from eval import evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
+from harness.export import class_token_attention
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors, require, shorten
 from harness.processes import setup
-from harness.run import append_row
+from harness.run import add_eval_flags, append_row
 from model import VisionTransformer
 from synthetic.shapes import Shapes
 
@@ -124,18 +125,11 @@ def attention_rank(model, images):
 
 
 @torch.no_grad()
-def class_token_attention(model, images):
-    """What the class token attends to among the patches, mean over heads: uint8 (B, 3, H, W) -> (depth, B, P)."""
-    maps = model.attention_maps(normalize(images)).mean(2)[:, :, model.cls].squeeze(2)       # depth, B, N
-    return maps[..., :-1] if model.cfg.cls_last else maps[..., 1:]
-
-
-@torch.no_grad()
 def attention(subject):
     """What collapses under a causal mask with the class token first: the variance of a logit over images, and the
     fraction of the class token's attention that goes to patches, of each block."""
     variance = subject.model(normalize(subject.sample)).var(0).mean().item()
-    to_patches = class_token_attention(subject.model, subject.sample).sum(-1).mean(1).tolist()
+    to_patches = class_token_attention(subject.model, normalize(subject.sample)).sum(-1).mean(1).tolist()
     return dict(logit_variance=variance, attention_to_patches=to_patches)
 
 

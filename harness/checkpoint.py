@@ -7,6 +7,7 @@
 A checkpoint is a dict of plain types and tensors; ["model"] is the state dict.
 """
 import argparse
+import json
 import math
 import pickle
 import re
@@ -63,6 +64,20 @@ def fetch(name):
     return file
 
 
+def read_safetensors(path):
+    """Weights, and what `eval.py --export` writes beside them; safetensors holds no code."""
+    try:
+        from safetensors import safe_open
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+            about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
+    except ImportError as error:
+        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+    except Exception as error:  # its own types
+        raise InputError(f"{path} cannot be read as safetensors ({error}): delete or replace it") from error
+    return Checkpoint(about | dict(model=weights) if isinstance(about, dict) else weights, path)
+
+
 class Checkpoint(dict):
     """What a file holds, and its name."""
 
@@ -100,6 +115,8 @@ def read_file(path):
 
     Published files also hold an argparse.Namespace, and numpy scalars where schedules set the optimizer's groups.
     """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         if zipfile.is_zipfile(path):                                       # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
@@ -257,12 +274,16 @@ def load_weights(model, source, new_head=False, classes=None):
         now = getattr(model.cfg, name)
         if before.get(name, now) != now:
             notes.append(f"{name} {before[name]} before, {now} now")
-    if new_head and "head.weight" in state:
+    head = {name: own[name] for name in ("head.weight", "head.bias")}
+    if new_head and not head.keys() & state.keys():                  # of an encoder
+        notes.append(f"new head: none before, {model.cfg.num_classes} classes now")
+        state |= head
+    elif new_head and "head.weight" in state:
         old, new = len(state["head.weight"]), model.cfg.num_classes
         others = other_classes(source, classes)
         if others or state["head.weight"].shape != own["head.weight"].shape:
             notes.append(f"new head: {old} classes before, {new} {'others ' if old == new else ''}now")
-            state |= {name: own[name] for name in ("head.weight", "head.bias")}
+            state |= head
     load_strictly(model, state)
     return notes
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet50_Weights
@@ -43,9 +43,12 @@ def decode(path, what):
         raise InputError(f"{path} cannot be read as {what} ({reason}): replace or remove it") from error
 
 
-def read_image(path):
-    """An image file as a PIL image in RGB, without transparency. InputError that names it if it is none."""
+def read_image(path, upright=False):
+    """An image file as a PIL image in RGB, without transparency, turned `upright` as its EXIF data say, or as it is
+    stored, which is how data sets are read. InputError that names it if it is none."""
     image = decode(path, "an image")
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode[0] in "IF":

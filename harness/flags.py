@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 
 from model import Config, config
 
@@ -208,11 +208,23 @@ def add_flags(parser, cls, skip=(), choices=()):
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
 
 
-def parse_flags(argv, description, groups, choices, out="out", **about):
+class ListChoices(argparse.Action):
+    """--list: print what flags choose from, a line each with what it stands for, and end."""
+
+    def __call__(self, parser, *_):
+        for name, options in self.const.items():
+            for option in options:
+                meaning = options[option] if isinstance(options, dict) else {}
+                values = meaning if isinstance(meaning, dict) else dict(list(asdict(meaning).items())[:6])
+                print(f"{flag(name, option):28}{flags_of(values)}".rstrip())
+        parser.exit()
+
+
+def parse_flags(argv, description, groups, choices, out="out", data=(), **about):
     """{name: value} of the flags that were given; --resume is None where it came without a path.
 
     `groups` are {title: dataclasses}. A field that occurs twice becomes one flag, and num_classes none, which the data
-    determine. InputError for what is wrong.
+    determine. `data` are built-in data sets. InputError for what is wrong.
     """
     parser, seen = Parser(description, **about), {"num_classes"}
     for title, classes in groups.items():
@@ -222,6 +234,9 @@ def parse_flags(argv, description, groups, choices, out="out", **about):
             seen |= {field.name for field in fields(cls)}
     parser.add_argument("--resume", nargs="?", type=nonempty, default=argparse.SUPPRESS, metavar="PATH",
                         help=f"resume the run in a folder; without PATH: in --out, or the latest run in {out}/")
+    listed = {name: choices[name] for name in ("step", "size", "recipe", "mask")} | dict(data=data)
+    parser.add_argument("--list", action=ListChoices, nargs=0, const=listed, default=argparse.SUPPRESS,
+                        help="print the steps, sizes, recipes, masks and built-in data sets")
     given = vars(parser.parse_args(argv))
     check_bounds(given)
     return given

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from harness.checkpoint import CHECKPOINT, load_optimizer, read_checkpoint, validate
 from harness.files import read_bytes
-from harness.flags import InputError, flags_of, overrides, plural, printable, require, shorten
-from harness.processes import (PREEMPTED, all_gather, at_stake, default_workers, ignore_signals, is_rank_0, on_rank_0,
-                               print_rank0, processor, shut_down, stop_requests, write_lock)
+from harness.flags import InputError, flags_of, nonempty, overrides, plural, printable, require, shorten
+from harness.processes import (DEVICES, PREEMPTED, all_gather, at_stake, default_workers, ignore_signals, is_rank_0,
+                               on_rank_0, print_rank0, processor, shut_down, stop_requests, write_lock)
 from model import Config
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
@@ -44,6 +44,15 @@ class Machine:
     deterministic: bool = False  # on GPUs, too, the same command gives the same run, bit for bit; slower
     workers: int = default_workers()   # data-loading workers per rank
     save_every: int = 0          # iterations between two checkpoints; one is also made after each epoch
+
+
+def add_eval_flags(parser):
+    """The flags that programs share which evaluate a model."""
+    parser.add_argument("--data", type=nonempty, help="a data set or a folder with val/CLASS/IMAGE; default: the run's")
+    parser.add_argument("--soft-mask", type=float, help="alpha for the checkpoint's, from 1 (bidirectional) to 0")
+    parser.add_argument("--batch-size", type=int, default=256, help="batch size (per rank)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="data-loading workers per rank")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
 
 
 def find_checkpoint(given, *parts, out="out"):

@@ -128,7 +128,7 @@ def test_the_class_tokens_attention_is_its_row_of_the_maps_without_itself(step, 
     own = 16 if model.cfg.cls_last else 0
     patches = [i for i in range(17) if i != own]
     expected = (maps[:, :, 0, own] + maps[:, :, 1, own])[..., patches] / 2
-    torch.testing.assert_close(properties.class_token_attention(model, images), expected)
+    torch.testing.assert_close(properties.class_token_attention(model, normalize(images)), expected)
 
 
 def test_the_leak_is_0_before_the_last_patch_under_an_exactly_causal_mask_alone(photos, tmp_path, capsys):

@@ -111,7 +111,8 @@ def test_other_commands_have_flags_that_exist():
         "downstream.select", "downstream.segment", "downstream.llama"}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
-        shares = {"experiments.properties": "eval.py", "experiments.anytime": "experiments/properties.py",
+        shares = {"eval.py": "harness/run.py", "experiments.properties": "harness/run.py",
+                  "experiments.anytime": "experiments/properties.py",
                   "experiments.select": "experiments/ladder.py",
                   "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""

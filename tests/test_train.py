@@ -254,6 +254,15 @@ def test_overrides_of_a_step_stand_in_the_first_line_the_folders_name_and_every_
         ("ps_cls --depth 2 --mask soft_log", f"nano-ps_cls-depth-2-mask-soft_log-{name}-1", dict(depth=2, mask="soft_log"))]
 
 
+def test_list_has_a_line_for_each_step_size_recipe_mask_and_data_set(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and len(lines) == len(STEPS) + len(model.SIZES) + len(RECIPES) + len(model.MASKS) + len(train.DATASETS)
+    assert "--step rope                  --rope --no-abs-pos" in lines and "--data shapes" in lines
+    assert "--recipe tiny                --img-size 224 --patch-size 16 --epochs 300 --batch-size 4096 --micro-batch 128 --lr 0.004" in lines
+
+
 def test_help_lists_the_choices_and_no_references_of_another_file(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
