@@ -12,7 +12,7 @@ import torch
 from experiments.ladder import PUBLISHED, VARIANTS, title_of
 from experiments.properties import multiply_accumulates, singular_values_for
 from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed,
-                                 comparisons, matching, read_by, rows, seeds_of, segmented)
+                                 comparisons, matching, read_by, rows, seeds_of, segmented, significant)
 from experiments.transfer import PERCENT
 from model import VisionTransformer, config
 from train import RECIPES
@@ -48,18 +48,21 @@ def table(head, body, left=1):
 
 
 def results_table():
-    found, losses = climbed(), climbed("train_loss")
-    changes, with_vit, without_vit = comparisons()
+    found, losses, changes = climbed(), climbed("train_loss"), comparisons()
+    beyond_chance = significant({step: chance for step, (_, _, chance) in changes.items()})
     body = []
     for step, row in VARIANTS.items():
-        change = f"{changes[step]:+.1f}" if step in changes else ""
-        change = f"**{change}**" if step in with_vit else f"*{change}*" if step in without_vit else change
+        difference = ""
+        if step in changes:
+            change, half, _ = changes[step]
+            star = " *" if step in beyond_chance else ""
+            difference = f"{change:+.1f} [{change - half:+.1f}, {change + half:+.1f}]{star}"
         published = [(row.published, 1), (row.published_loss, 3), (row.published_base, 1), (row.published_base_loss, 3)]
-        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", found[step], change,
-                     f"{fmean(losses[step]):.3f}",
+        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", str(len(found[step])),
+                     found[step], difference, f"{fmean(losses[step]):.3f}",
                      *("" if value is None else f"{value:.{digits}f}" for value, digits in published)])
-    return table("`--step` | what it changes | against | top-1, % | difference | train loss | paper ¹, T: top-1 "
-                 "| train loss | B: top-1 | train loss", body, left=3)
+    return table("`--step` | what it changes | against | seeds | top-1, % | difference [95 %] | train loss "
+                 "| paper ¹, T: top-1 | train loss | B: top-1 | train loss", body, left=3)
 
 
 def published_table():

@@ -12,7 +12,9 @@ whose weights are published.
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean, stdev
+
+import torch
 
 from experiments.ladder import VARIANTS, flags_of
 from experiments.transfer import COMPARED
@@ -63,56 +65,57 @@ def seeds_of(name, key, step, **fields):
 
 
 def climbed(key="test_acc1"):
-    """{step: a value for each seed that all steps have}"""
-    found = by_step("ladder", key, epoch=EPOCHS - 1)
-    seeds = sorted(set.intersection(*map(set, found.values())))
-    return {step: [found[step][seed] for seed in seeds] for step in VARIANTS}
+    """{step: a value for each of its seeds} of the ladder"""
+    return {step: [value for _, value in sorted(seeds.items())]
+            for step, seeds in by_step("ladder", key, epoch=EPOCHS - 1).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which differences are more than noise
+# Which differences are more than noise: paired by seed, as a seed fixes weights, order and crops of all steps
+
+
+def fraction_within(t, degrees):
+    """P(|T| <= t) of Student's t distribution, whose density is a power of a cosine in the angle atan(t / sqrt(n))."""
+    def area(angle):
+        u = torch.linspace(0, angle, 4001, dtype=torch.float64)
+        return torch.trapezoid(u.cos() ** (degrees - 1), u).item()
+    return area(math.atan(t / math.sqrt(degrees))) / area(math.pi / 2)
 
 
 def quantile_of_t(degrees, fraction=0.95):
-    """Within how many standard errors a fraction of Student's t distribution lies, by Fisher's expansion."""
-    z = NormalDist().inv_cdf((1 + fraction) / 2)
-    return (z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
-            + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * degrees ** 3))
+    """Within how many standard errors that fraction lies."""
+    low, high = 0.0, 1e4
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fraction_within(middle, degrees) > fraction else (middle, high)
+    return high
 
 
-def standard_error(found):
-    """(standard error of the difference of two steps' means, degrees of freedom), in a design of steps x seeds.
-
-    A seed fixes the order of the images and their crops, and so moves all steps together; what is left of a run when
-    its step's and its seed's means are taken out is the noise. Steps whose class token is blind have another, or none.
-    """
-    runs = [values for step, values in found.items() if step not in ("causal", "soft_first")]
-    seeds = len(runs[0])
-    means = [fmean(values[seed] for values in runs) for seed in range(seeds)]
-    left = [value - fmean(values) - mean + fmean(means) for values in runs for value, mean in zip(values, means)]
-    degrees = (len(runs) - 1) * (seeds - 1)
-    return math.sqrt(sum(x ** 2 for x in left) / degrees * 2 / seeds), degrees
+def paired(values, others):
+    """(mean difference, half its 95 % interval, probability of a larger one by chance) of {seed: value}, on the seeds
+    that both have."""
+    changes = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    error, degrees = stdev(changes) / math.sqrt(len(changes)), len(changes) - 1
+    mean = fmean(changes)
+    chance = 1 - fraction_within(abs(mean) / error, degrees) if error else float(mean == 0)
+    return mean, quantile_of_t(degrees) * error, chance
 
 
-def significant(changes, error, degrees, level=0.05):
-    """Those of the changes {step: difference} that are not noise, by Holm's step-down procedure: the probability that
+def significant(chances, level=0.05):
+    """Those of {step: probability by chance} that are not noise, by Holm's step-down procedure: the probability that
     any of them is called so wrongly is at most `level`."""
     found = set()
-    for tested, step in enumerate(sorted(changes, key=lambda step: -abs(changes[step]))):
-        if abs(changes[step]) <= quantile_of_t(degrees, 1 - level / (len(changes) - tested)) * error:
+    for tested, step in enumerate(sorted(chances, key=chances.get)):
+        if chances[step] > level / (len(chances) - tested):
             break
         found.add(step)
     return found
 
 
-def comparisons():
-    """{step: its difference to the step that it is compared with}; which of them are significant; and which are if
-    `vit` is left out of the comparisons and of the estimate of the noise."""
-    found = climbed()
-    changes = {step: fmean(found[step]) - fmean(found[row.against]) for step, row in VARIANTS.items() if row.against}
-    others = {step: values for step, values in found.items() if step != "vit"}
-    among = {step: change for step, change in changes.items() if VARIANTS[step].against != "vit"}
-    return changes, significant(changes, *standard_error(found)), significant(among, *standard_error(others))
+def comparisons(key="test_acc1"):
+    """{step: paired() with the step that it is compared with} of the ladder."""
+    found = by_step("ladder", key, epoch=EPOCHS - 1)
+    return {step: paired(found[step], found[row.against]) for step, row in VARIANTS.items() if row.against}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,26 +72,26 @@ def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("degrees, share, expected", [          # from tables of Student's t
-    (10, 0.95, 2.2281), (22, 0.95, 2.0739), (60, 0.95, 2.0003), (18, 0.99, 2.8784), (20, 1 - 0.05 / 11, 3.1966)])
+    (1, 0.95, 12.7062), (2, 0.95, 4.3027), (7, 0.95, 2.3646), (22, 0.95, 2.0739), (60, 0.95, 2.0003), (18, 0.99, 2.8784)])
 def test_quantiles_are_those_of_students_t(degrees, share, expected):
-    assert results.quantile_of_t(degrees, share) == pytest.approx(expected, abs=5e-3)
+    assert results.quantile_of_t(degrees, share) == pytest.approx(expected, abs=2e-4)
+    assert results.fraction_within(expected, degrees) == pytest.approx(share, abs=1e-5)
 
 
-def test_noise_is_what_neither_step_nor_seed_explains():
-    seeds, noise = [0, 3, -1], [[0.1, -0.2, 0.1], [-0.1, 0.2, -0.1]]         # rows and columns sum to 0
-    found = {step: [50 + 9 * i + s + e for s, e in zip(seeds, noise[i])] for i, step in enumerate(("vit", "swiglu"))}
-    squares, degrees = 0.12, 2
-    error, freedom = results.standard_error(found | {"causal": [10, 10, 10]})
-    assert error == pytest.approx((squares / degrees * 2 / 3) ** 0.5) and freedom == degrees
+def test_differences_are_paired_by_seed():
+    """Of five seeds two are in both: what moves both alike is no noise."""
+    mean, half, chance = results.paired({0: 51.0, 1: 60.5, 7: 1.0}, {0: 50.0, 1: 59.0, 3: 7.0, 4: 8.0})
+    assert mean == pytest.approx(1.25) and half == pytest.approx(12.7062 * 0.25, rel=1e-4)
+    assert chance == pytest.approx(0.1257, abs=1e-4)                         # of Student's t with one degree beyond 5
+    assert results.paired({0: 10.0, 1: 10.0}, {0: 10.0, 1: 10.0}) == (0, 0, 1)
 
 
-def test_many_comparisons_are_corrected_for_from_the_largest_down():
-    def significant(*changes):
-        return results.significant(dict(enumerate(changes)), 1.0, 10)
-    bounds = [results.quantile_of_t(10, 1 - 0.05 / left) for left in (3, 2, 1)]
-    assert significant(-bounds[0] - 0.01, bounds[1] + 0.01, bounds[2] + 0.01) == {0, 1, 2}
-    assert significant(bounds[0] - 0.01, bounds[1] + 0.01, 0) == set()       # the largest fails, so all do
-    assert significant(9, bounds[1] - 0.01, bounds[2] + 0.01) == {0} and significant(bounds[2] + 0.01) == {0}
+def test_many_comparisons_are_corrected_for_from_the_least_likely_up():
+    def significant(*chances):
+        return results.significant(dict(enumerate(chances)))
+    assert significant(0.016, 0.024, 0.049) == {0, 1, 2}
+    assert significant(0.017, 0.0171, 0.04) == set()                         # the first fails, so all do
+    assert significant(0.001, 0.026, 0.049) == {0} and significant(0.049) == {0}
 
 
 @pytest.mark.parametrize("step, overrides, variant", [
@@ -102,35 +102,21 @@ def test_a_row_is_filed_under_its_variant_by_what_it_changes(step, overrides, va
     assert results.step_of(dict(step=step, overrides=overrides)) == variant
 
 
-def test_a_difference_beyond_the_noise_is_called_so_and_of_repeated_rows_the_last_counts(monkeypatch):
+def test_a_difference_beyond_chance_has_a_star_and_of_repeated_rows_the_last_counts(monkeypatch):
     def row(step, seed, accuracy, epoch=2):
         return dict(step=step, seed=seed, test_acc1=accuracy, train_loss=1.5, epoch=epoch)
     wobble = [0.1, -0.1, 0, -0.1, 0.1, 0.1, -0.1, 0, 0.1, -0.1, 0.1, -0.1, 0]
     means = dict.fromkeys(VARIANTS, 55) | dict(vit=50, causal=10, modified=55.1)
-    table = [row(step, seed, mean + seed + wobble[i] * (1 - 2 * seed))
-             for i, (step, mean) in enumerate(means.items()) for seed in (0, 1)]
+    table = [row(step, seed, mean + seed + wobble[i] * (1 - seed))
+             for i, (step, mean) in enumerate(means.items()) for seed in (0, 1, 2)]
     shorter = [row(step, seed, 30, epoch=1) for step in means for seed in (0, 1, 2)]
-    table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9)]    # overwritten; a longer run of one step
+    table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9), row("swiglu", 3, 58)]      # a seed more
     monkeypatch.setattr(results, "rows", lambda name: table)
     lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
-    assert "|  | 50.5 ± 0.6 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
-    assert "| **+5.0** |" in lines["| `swiglu`"] and "| +0.0 |" in lines["| `rmsnorm`"]
-    assert "| +0.1 |" in lines["| `rmsnorm --mask modified`"]
-    assert "| **-45.0** | 1.500 | 0.1 |  | 0.1 |  |" in lines["| `causal`"]
-
-
-def test_what_is_significant_without_vit_alone_is_set_apart(monkeypatch):
-    means = dict.fromkeys(VARIANTS, 55) | dict(ps_cls=57, causal=10, soft_first=10)
-    wobble = [0.1, -0.1, 0.05, -0.05, 0.1, -0.1, 0, 0.05, -0.05, 0.1, -0.1, 0, 0.05]
-    accuracies = {step: [mean + seed * wobble[i] for seed in (-1, 0, 1)] for i, (step, mean) in enumerate(means.items())}
-    accuracies["vit"] = [58, 55, 52]                                     # against all others
-    monkeypatch.setattr(results, "rows", lambda name: [
-        dict(step=step, seed=seed, test_acc1=value, train_loss=1, epoch=2)
-        for step, values in accuracies.items() for seed, value in enumerate(values)])
-    changes, with_vit, without_vit = results.comparisons()
-    assert changes["ps_cls"] == pytest.approx(2) and "ps_cls" not in with_vit and "ps_cls" in without_vit
-    assert "swiglu" in changes and "swiglu" not in without_vit
-    assert "| *+2.0* |" in report.results_table()
+    assert "|  | 3 | 51.0 ± 0.9 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
+    assert "| `vit` | 4 | " in lines["| `swiglu`"] and "| +5.0 [+4.5, +5.5] * |" in lines["| `swiglu`"]
+    assert "| +0.0 [-0.2, +0.2] |" in lines["| `rmsnorm`"]
+    assert "| -45.0 [-45.2, -44.8] * | 1.500 | 0.1 |  | 0.1 |  |" in lines["| `causal`"]
 
 
 def test_the_ladder_holds_what_the_paper_reports_of_both_sizes():
