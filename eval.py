@@ -23,7 +23,7 @@ from harness.checkpoint import build, describe, open_checkpoint, set_alpha
 from harness.export import draw_attention, export
 from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
-from harness.processes import DTYPES, all_gather, is_rank_0, once_per_node, setup, shut_down, stop_requests
+from harness.processes import DTYPES, all_gather, is_rank_0, on_rank_0, once_per_node, setup, shut_down, stop_requests
 from harness.run import add_eval_flags
 
 
@@ -45,8 +45,7 @@ def predict(model, batches, device, dtype=torch.float32):
 def score(predictions, device):
     """Accuracy in percent and mean cross-entropy of what predict() yields on all ranks; every image counts once.
 
-    Returns dict(test_acc1, test_acc5, test_loss, images), or None if some rank was asked to stop. The device is waited
-    for once, at the end.
+    Returns dict(test_acc1, test_acc5, test_loss, images), or None if some rank was asked to stop. One wait for the GPU.
     """
     images, rows = 0, [torch.zeros(3, device=device)]
     for logits, labels in predictions:
@@ -120,7 +119,8 @@ def main(argv=None):
         dtype = torch.float32
     transform = partial(eval_transform, size=model.cfg.img_size)
     if args.export:
-        return export(model, args.export, checkpoint, dict(mean=MEAN, std=STD))
+        on_rank_0(export, model, args.export, checkpoint, dict(mean=MEAN, std=STD))
+        return shut_down()
     if args.image:
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "

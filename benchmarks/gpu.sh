@@ -28,6 +28,7 @@ limit=${LIMIT:-230}
 device=cuda
 [ -z "$small" ] || device=cpu
 failed=0
+cut=124                                             # timeout's exit code: what was measured counts
 
 run() {    # a command, ended after what is left of its part's time; what it says is kept
     echo "+ $*" | tee -a "$out/log.txt"
@@ -35,10 +36,11 @@ run() {    # a command, ended after what is left of its part's time; what it say
     [ $left -gt 0 ] || { echo "no time left" | tee -a "$out/log.txt"; return 0; }
     timeout --signal=TERM --kill-after=30 $left "$@" 2>&1 | tee -a "$out/log.txt"
     local code=${PIPESTATUS[0]}
-    [ "$code" -eq 0 ] || { echo "exit code $code: $*" | tee -a "$out/log.txt"; [ "$code" -eq 124 ] || failed=1; }
+    [ "$code" -eq 0 ] || { echo "exit code $code: $*" | tee -a "$out/log.txt"; [ "$code" -eq "$cut" ] || failed=1; }
 }
 
 tests() {
+    local cut=0                                     # tests that are cut short have failed
     GPU_TESTS_ON=$device run "$python" -m pytest -m gpu -q -rs -p no:cacheprovider --durations=10
 }
 
@@ -103,6 +105,7 @@ ladder() {
     local program=("$python" -m experiments.ladder $long --data "$data" --device $device --jobs "$jobs")
     # A pilot: how many images a second do so many runs take together, once they are compiled?
     run "${program[@]}" --epochs 3 --seeds 1 --steps ${groups[0]} --out "$out/pilot"
+    [ -s "$out/pilot/rows.jsonl" ] || { echo "the pilot left no rows"; failed=1; return; }
     epochs=${EPOCHS:-$("$python" - "$out/pilot/rows.jsonl" $((began + limit - SECONDS)) $least <<'END'
 import json
 import sys

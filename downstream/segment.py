@@ -203,6 +203,8 @@ def train(argv):
     run, recipe = resolve(given, checkpoint)
     machine = Machine(**pick(Machine, given))
     rank, world, device, dtype = setup(machine.device, run.dtype)
+    require(not (machine.deterministic and device.type == "cuda"), "--deterministic: the loss of pixels has no "
+            "deterministic form on GPUs: drop it")
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
     compare_flags(run)
     state = State(**pick(State, checkpoint or {}))

@@ -7,6 +7,7 @@
 The file also holds, as JSON, what evaluation needs beside the model: its configuration, classes, mean and so on.
 """
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -24,12 +25,20 @@ def needs(packages):
 
 
 def export(model, path, checkpoint, more):
-    """Write the file: from normalized images (B, 3, img_size, img_size), any number of them, to logits. InputError for
-    another kind of file, a missing package, or a file that is there. `more` is for the JSON."""
-    path = Path(path)
+    """Write the file: from normalized images (B, 3, img_size, img_size), any number of them, to logits, on a CPU or
+    wherever it is moved. InputError for another kind of file, a missing package, or a file that is there. `more` is for
+    the JSON."""
+    path, model = Path(path), model.cpu().eval()
     about = json.dumps({name: checkpoint[name] for name in CHECKPOINT if name != "model"} | more)
     require(path.suffix in KINDS, f"--export {path}: give a name that ends in one of {', '.join(KINDS)}")
     require(not path.exists(), f"--export {path} exists: give another name, or remove it")
+    require(path.parent.is_dir(), f"--export {path}: {path.parent} is no folder: make it, or give another name")
+    part = path.with_stem(f"{path.stem}-part")           # until it is whole
+    write_model(model, part, about)
+    os.replace(part, path)
+
+
+def write_model(model, path, about):
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import save_file
@@ -38,9 +47,9 @@ def export(model, path, checkpoint, more):
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(weights, path, dict(checkpoint=about))
         return
-    images = torch.zeros(2, 3, model.cfg.img_size, model.cfg.img_size, device=model.cls_token.device)
+    images = torch.zeros(2, 3, model.cfg.img_size, model.cfg.img_size)
     dynamic = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(model.eval(), (images,), dynamic_shapes=dynamic)
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={"about.json": about})
         return

@@ -50,10 +50,10 @@ REFUSALS = {  # what the system refuses, by words in an error
     "CUDA out of memory":
         "the GPU has too little free memory for this: add --recompute, or start with a smaller --micro-batch; in "
         "evaluation make --batch-size smaller",
-    r"devices?(\(s\))? (is/)?are busy|exclusive":
+    r"devices?(\(s\))? (is/)?are busy|exclusive[- ](process|thread)":
         "the GPU is taken by another program, which has it to itself: wait for that, or name another one with "
         "CUDA_VISIBLE_DEVICES",
-    "deterministic implementation":
+    "deterministic implementation|CUBLAS_WORKSPACE_CONFIG":
         "an operation of this model has no deterministic form on this device: drop --deterministic",
     "by peer": "another rank has ended: see its message, then go on with --resume",
     "alloc|out of memory|overflow|MemoryError":

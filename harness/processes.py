@@ -86,10 +86,13 @@ def environment():
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     given = [name for name in names[:3] if name in os.environ]
     if not given:
-        for task, tasks in (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-            count = os.environ.get(tasks, "1")
-            require(task not in os.environ or count == "1", f"this is one of {count} tasks ({tasks}) that do not know "
-                    "of each other: start one per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
+        counts = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"]
+        if os.environ.get("SLURM_PROCID", "0") != "0":   # a batch script is task 0 of those that it might start
+            counts.append("SLURM_NTASKS")
+        for name in counts:
+            count = os.environ.get(name, "1")
+            require(count == "1", f"this is one of {count} tasks ({name}) that do not know of each other: start one "
+                    "per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
         return 0, 1, 0
     missing = [name for name in names if name not in os.environ]
     require(not missing, f"{given[0]} is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
@@ -199,8 +202,10 @@ class Output:
     """A stream that a program never waits for, and never ends with: a thread hands on what is written; what nobody
     reads, or a closed pipe or a full disk does not take, is dropped."""
 
-    def __init__(self, stream):
-        self.stream, self.texts = stream, queue.Queue(1000)
+    def __init__(self, stream, most=2 ** 24):
+        """most: characters that may wait; what comes then is dropped."""
+        self.stream, self.most, self.given, self.taken = stream, most, 0, 0
+        self.texts = queue.SimpleQueue()                 # without a lock that a finalizer that prints would wait for
         threading.Thread(target=self.hand_on, daemon=True).start()
         atexit.register(self.finish)
 
@@ -208,8 +213,9 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(queue.Full):
-            self.texts.put_nowait(text)
+        if self.given - self.taken < self.most:
+            self.given += len(text)
+            self.texts.put(text)
         return len(text)
 
     def flush(self):
@@ -217,16 +223,21 @@ class Output:
 
     def hand_on(self):
         while True:
-            rest = self.texts.get().encode(self.stream.encoding, "backslashreplace")
-            with suppress(OSError):
-                while rest:              # not through the stream, whose lock the interpreter's end would wait for
+            text = self.texts.get()
+            rest = text.encode(self.stream.encoding, "backslashreplace")
+            while rest:                  # not through the stream, whose lock the interpreter's end would wait for
+                try:
                     rest = rest[os.write(self.stream.fileno(), rest):]
-            self.texts.task_done()
+                except BlockingIOError:
+                    time.sleep(0.05)
+                except (OSError, ValueError):
+                    break
+            self.taken += len(text)
 
     def finish(self):
         """Wait until all is handed on, two seconds at most."""
         deadline = time.monotonic() + 2
-        while self.texts.unfinished_tasks and time.monotonic() < deadline:
+        while self.taken < self.given and time.monotonic() < deadline:
             time.sleep(0.01)
 
 

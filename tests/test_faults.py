@@ -749,16 +749,30 @@ def test_half_an_environment_of_torchrun_is_refused(photos, monkeypatch, capsys,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("task, tasks", [("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")])
-def test_tasks_of_a_batch_system_that_do_not_know_each_other_are_refused(task, tasks, photos, alone, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(task, "1")
+@pytest.mark.parametrize("tasks", ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_a_batch_system_that_do_not_know_each_other_are_refused(tasks, photos, alone, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv(tasks, "2")
     for program, flags in ((train, ["--data", photos, "--out", tmp_path / "run", *SMALL]), (evaluation, [alone])):
         said = refused(program, flags, capsys)
         assert f"this is one of 2 tasks ({tasks}) that do not know of each other: start one per machine, srun" in said
     assert not (tmp_path / "run").exists()
-    monkeypatch.setenv(tasks, "1")                                           # all there is
+    if tasks == "SLURM_NTASKS":                                              # a batch script that does not call srun
+        monkeypatch.setenv("SLURM_PROCID", "0")
+    else:
+        monkeypatch.setenv(tasks, "1")                                       # all there is
     evaluation.main([str(alone), "--workers", "0"])
+
+
+def test_no_line_is_lost_though_a_program_prints_faster_than_it_is_read(tmp_path):
+    (tmp_path / "program.py").write_text("""
+from harness import processes
+processes.stop_on_signals()
+for number in range(20_000):
+    print(number)
+""")
+    code, said, _ = Program(tmp_path / "program.py").wait()
+    assert code == 0 and said.split() == [str(number) for number in range(20_000)]
 
 
 @pytest.mark.parametrize("value, ranks", [("0", 1), ("text", 1), ("", 1), ("2", 2)])
