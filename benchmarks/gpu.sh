@@ -56,7 +56,7 @@ speed() {    # the most important first
         model inference --models none causal --inference --dtypes float32 tf32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
         return
     fi
-    model training-base --sizes base --batch-sizes 128 --models timm torchvision none causal soft --dtypes bfloat16 --compile 1
+    model training-base --sizes base --batch-sizes 128 --models timm torchvision none causal soft soft_log --dtypes bfloat16 --compile 1
     model training-tiny --sizes tiny --batch-sizes 256 --models timm none causal soft soft_log --dtypes bfloat16
     # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
     model inference-tiny --inference --sizes tiny --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
@@ -120,6 +120,8 @@ END
             run "${program[@]}" --epochs "$epochs" --seeds "$count" --steps $steps --out "$out/ladder-$epochs"
         done
     done
+    # Curves; without matplotlib the rows are all there is.
+    "$python" -m experiments.compare "$out/ladder-$epochs"/*/metrics.jsonl --plot "$out/ladder-$epochs.png" || true
 }
 
 nvidia-smi -L 2>/dev/null | tee -a "$out/log.txt"

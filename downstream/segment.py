@@ -128,6 +128,7 @@ def resolve(given, checkpoint):
             "--recipe ade20k is for fine-tuning: give the weights to start from with --init-from")
     recipe = replace(RECIPES[run.recipe], **pick(Recipe, given))
     require(recipe.head in HEADS, f"unknown --head {recipe.head!r}; choose one of {', '.join(HEADS)}")
+    require(recipe.img_size >= 8, f"--img-size {recipe.img_size} is too small for windows that overlap: give 8 or more")
     require(recipe.iterations % recipe.eval_every == 0, f"--iterations {recipe.iterations} is not a multiple of "
             f"--eval-every {recipe.eval_every}: change one of them")
     require(recipe.warmup <= recipe.iterations, f"--iterations {recipe.iterations} would end before --warmup "

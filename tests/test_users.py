@@ -189,6 +189,7 @@ def test_a_drawing_does_not_overwrite_its_image_and_says_what_it_replaces(tmp_pa
 
 @pytest.mark.parametrize("wrong, said", [
     (["--layer-decay", "1e308"], "--layer-decay is 1e+308; it must be from 0 to 1"),
+    (["--img-size", "1", "--patch-size", "1"], "--img-size 1 is too small for windows that overlap: give 8 or more"),
     (["--short-side", "9" * 40], "it must be from 1 to 10,000"), (["--short-side", "100000"], "it must be from 1 to 10,000")])
 def test_absurd_numbers_of_segmentation_are_refused(wrong, said, tmp_path, capsys):
     assert said in refused(segment, ["--out", tmp_path / "run", *SEGMENT, *wrong], capsys)
