@@ -274,7 +274,7 @@ def load_weights(model, source, new_head=False, classes=None):
         now = getattr(model.cfg, name)
         if before.get(name, now) != now:
             notes.append(f"{name} {before[name]} before, {now} now")
-    head = {name: own[name] for name in ("head.weight", "head.bias")}
+    head = {name: value for name, value in own.items() if name.startswith("head.")}
     if new_head and not head.keys() & state.keys():                  # of an encoder
         notes.append(f"new head: none before, {model.cfg.num_classes} classes now")
         state |= head
