@@ -24,7 +24,7 @@ import torchvision
 
 from experiments.properties import multiply_accumulates, one_process
 from harness.flags import InputError, Parser, check_bounds, report_errors, require
-from harness.processes import DEVICES, processor, wrap
+from harness.processes import DEVICES, processor, use_tf32, wrap
 from harness.run import Machine, append_row
 from model import SIZES, VisionTransformer, config
 
@@ -135,10 +135,6 @@ class Contender:
             loss = self.loss()          # kept, or the tensors would go, and others could take their addresses
         del loss
         return sum(saved.values())
-
-
-def use_tf32(on):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def synchronize(device):

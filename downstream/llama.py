@@ -7,6 +7,7 @@ Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with SwiGLU, RMS
 The library's model takes what embed() gives, patches and class token, as the embeddings of a text. FOLDER/vision.pt has
 the rest: patches, positions, class token and head.
 """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def main(argv=None):
     if args.check:
         from transformers import LlamaModel
         val = open_val(args.checkpoint, checkpoint, model, args.data)
-        images = Images(val, lambda image, rng: eval_transform(image, rng, model.cfg.img_size))
+        images = Images(val, partial(eval_transform, size=model.cfg.img_size))
         batches = loader(images, eval_batches(min(args.images, len(val)), 32), 0, cpu)
         whole, rows = largest_difference(LlamaModel.from_pretrained(out).eval(), model, batches)
         print(f"{min(args.images, len(val))} images, largest difference of a logit: {whole:.1e}, read by rows: "

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from data import seed_of
-from harness.checkpoint import (CHECKPOINT, load_strictly, names_file, open_checkpoint, resize_positions,
-                                weights_of)
+from harness.checkpoint import (CHECKPOINT, load_strictly, names_file, open_checkpoint, open_safetensors,
+                                resize_positions, weights_of)
 from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
                            pick, report_errors, require, shorten)
 from harness.run import write
@@ -165,10 +165,10 @@ def open_shard(path):
     try:
         if path.suffix == ".bin":
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        from safetensors.torch import load_file
-        return load_file(path)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+        weights, _ = open_safetensors(path)
+        return weights
+    except InputError:
+        raise
     except Exception as error:  # torch and safetensors raise half a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be read as weights ({reason}): use another file") from error

@@ -5,8 +5,8 @@ of experiments/properties.py on its runs, anytime.jsonl those of experiments/any
 cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run of train.py and
 downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl and
 select.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was left;
-demo.jsonl the two runs of the README's quick start; bench_* rows of the programs in benchmarks/. published-tables.jsonl
-holds figures of the paper, each with its table or figure, published.jsonl the best epoch of each of the authors' logs
+demo.jsonl the two runs of the README's quick start; speed/ has rows of the programs in benchmarks/.
+published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best epoch of each of the authors' logs
 whose weights are published.
 """
 import json
@@ -52,22 +52,22 @@ def step_of(row):
 
 
 def by_step(name, key="test_acc1", **fields):
-    """{step: {seed: its value}} of the rows with these fields; of several rows for a seed the last one counts."""
+    """{step: {seed: its value}} of the rows with these fields, in the order of seeds; of several rows for a seed the
+    last one counts."""
     found = {}
     for row in matching(name, **fields):
         found.setdefault(step_of(row), {})[row["seed"]] = row[key]
-    return found
+    return {step: dict(sorted(seeds.items())) for step, seeds in found.items()}
 
 
 def seeds_of(name, key, step, **fields):
     """What each seed has, in the order of seeds."""
-    return [value for _, value in sorted(by_step(name, key, **fields)[step].items())]
+    return list(by_step(name, key, **fields)[step].values())
 
 
 def climbed(key="test_acc1"):
     """{step: a value for each of its seeds} of the ladder"""
-    return {step: [value for _, value in sorted(seeds.items())]
-            for step, seeds in by_step("ladder", key, epoch=EPOCHS - 1).items()}
+    return {step: list(seeds.values()) for step, seeds in by_step("ladder", key, epoch=EPOCHS - 1).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,15 +64,23 @@ def fetch(name):
     return file
 
 
+def open_safetensors(path):
+    """({name: tensor}, metadata) of a file; the tensors are mapped into memory."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
 def read_safetensors(path):
     """Weights, and what `eval.py --export` writes beside them; safetensors holds no code."""
     try:
-        from safetensors import safe_open
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
-    except ImportError as error:
-        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
+        weights, metadata = open_safetensors(path)
+        about = json.loads(metadata.get("checkpoint", "null"))
+    except InputError:
+        raise
     except Exception as error:  # its own types
         raise InputError(f"{path} cannot be read as safetensors ({error}): delete or replace it") from error
     return Checkpoint(about | dict(model=weights) if isinstance(about, dict) else weights, path)

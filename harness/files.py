@@ -152,7 +152,7 @@ def open_folder(root, split, classes=None, known=()):
     require(folder.is_dir(), f"{folder} is missing: put images into {folder}/CLASS/, a folder for each class")
     found = class_folders(folder)
     hint = ""
-    if any(map(is_image, os.listdir(folder))):
+    if not found and any(map(is_image, os.listdir(folder))):
         hint = ("; ImageNet's validation images are sorted by torchvision.datasets.ImageNet(PATH, 'val'), from their "
                 "archive and the development kit")
     require(found, f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class{hint}")

@@ -54,8 +54,7 @@ def setup(device="auto", dtype="auto"):
     require(dtype in DTYPES, f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")        # of a checkpoint
     require(dtype != "float16" or device == "cuda", f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 "
             "or float32")
-    # float32 is float32, by torch's default not in convolutions
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    use_tf32(False)
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
@@ -71,6 +70,11 @@ def fast_dtype(device):
     if device != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def use_tf32(on):
+    """Whether float32 is TF32 on GPUs, in matrix multiplications and in convolutions, where that is torch's default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def processor(device):

@@ -107,6 +107,7 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
     """InputError if there are too few images, if they are not those of the run to resume, or if ranks differ: through a
     file that not all nodes have, or a flag given to some of them."""
     compare_flags(run)
+    images = images_of(train, val)
     require(len(train) >= recipe.batch_size, f"--data {run.data} has {len(train)} training images, less than one "
             f"--batch-size {recipe.batch_size}: make it smaller")
     if checkpoint:
@@ -118,11 +119,10 @@ def check_data(run, recipe, cfg, state, train, val, checkpoint):
         total = getattr(recipe, "iterations", None) or recipe.epochs * (len(train) // recipe.batch_size)
         require(state.iteration <= total, f"the checkpoint is at iteration {state.iteration:,} of {total:,}: use "
                 "another one")
-        images = images_of(train, val)
         require(checkpoint.get("images", images) == images, f"--data {run.data} has images of other names than the run "
                 "to resume had, or other validation images: give the data that it was started with")
     compare_ranks(asdict(state) | asdict(cfg) | asdict(recipe) | dict(
-        train_images=len(train), test_images=len(val), classes=train.classes, images=images_of(train, val)))
+        train_images=len(train), test_images=len(val), classes=train.classes, images=images))
 
 
 def images_of(train, val):

@@ -18,6 +18,7 @@ import train
 from conftest import DEADLINE, ROOT, SMALL, environment, equal, load, metrics
 from downstream import segment
 from experiments import anytime
+from harness import processes
 from harness import run as harness_run
 from model import VisionTransformer, config
 from test_model import CASES, build, hashed_images
@@ -32,7 +33,7 @@ DTYPES = [pytest.param("float16", marks=needs_cuda), "bfloat16", "float32"]
 
 @pytest.fixture(autouse=True)
 def tf32_is_off():
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    processes.use_tf32(False)
 
 
 def run(photos, out, *flags):
