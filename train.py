@@ -217,10 +217,10 @@ def resolve(given, checkpoint):
     return run, recipe, cfg
 
 
-def make_model(run, cfg, checkpoint, classes, forward=None):
+def make_model(run, cfg, checkpoint, classes, architecture):
     """(model, sentences about the weights that it starts from): the run's as it was saved, or a new one."""
     torch.manual_seed(seed_of("weights", run.seed))
-    model = build(checkpoint) if checkpoint else VisionTransformer(cfg)
+    model = build(checkpoint, architecture) if checkpoint else architecture(cfg)
     notes = []
     if run.init_from and not checkpoint:
         weights = once_per_node(read_checkpoint, run.init_from)
@@ -229,8 +229,6 @@ def make_model(run, cfg, checkpoint, classes, forward=None):
         model.requires_grad_(False)
         model.norm.requires_grad_()
         model.head.requires_grad_()
-    if forward:
-        model.forward = partial(forward, model)
     return model, notes
 
 
@@ -253,8 +251,8 @@ def print_row(row):
 
 
 @report_errors()
-def main(argv=None, open_data=open_data, forward=None):
-    """Train. Experiments may replace how data are opened, and forward(model, images) -> logits."""
+def main(argv=None, open_data=open_data, architecture=VisionTransformer):
+    """Train. Experiments may replace how data are opened, and the class of the model."""
     started = time.perf_counter()
     given = parse(argv)
     path, checkpoint = find_checkpoint(given, State, Run, Recipe)        # to resume; None without
@@ -279,7 +277,7 @@ def main(argv=None, open_data=open_data, forward=None):
 
     # Model and optimizer
     cfg = replace(cfg, num_classes=len(train.classes))
-    model, notes = make_model(run, cfg, checkpoint, train.classes, forward)
+    model, notes = make_model(run, cfg, checkpoint, train.classes, architecture)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

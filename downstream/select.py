@@ -188,6 +188,13 @@ def small_config(given, step, larger):
     return checked_config(config, size=given["size"], step=step, **values)
 
 
+def save(checkpoint, path):
+    buffer = io.BytesIO()
+    torch.save(dict(checkpoint), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, buffer.getbuffer())
+
+
 @report_errors()
 def main(argv=None):
     parser = Parser(prog="python -m downstream.select",
@@ -217,10 +224,8 @@ def main(argv=None):
         classes = None
     checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
                       run={name: run[name] for name in CHECKPOINT["run"]})
-    buffer, out = io.BytesIO(), Path(given["out"])
-    torch.save(checkpoint, buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, buffer.getbuffer())
+    out = Path(given["out"])
+    save(checkpoint, out)
     flags = dict(size=run["size"], step=run["step"]) | overrides(cfg, run["size"], run["step"])
     flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(str(out)))
     print(f"weights of {given['larger']}, selected by the rule {given['rule']}; fresh: {shorten(fresh) or 'none'}\n"

@@ -99,17 +99,18 @@ def on_rows(model, images, rows):
     return model.head(model.norm(x))[:, 0]
 
 
-def forward_on_prefixes(model, images):
-    """Logits; in training every second batch, by chance, is cut after a random row. train.py's loop seeds the draw."""
-    grid = model.cfg.grid
-    if not model.training or grid == 1 or torch.rand(()) < 0.5:
-        return VisionTransformer.forward(model, images)
-    return on_rows(model, images, int(torch.randint(1, grid, ())))
+class PrefixTransformer(VisionTransformer):
+    """In training every second batch, by chance, is cut after a random row. train.py's loop seeds the draw."""
+    def forward(self, images):
+        grid = self.cfg.grid
+        if not self.training or grid == 1 or torch.rand(()) < 0.5:
+            return super().forward(images)
+        return on_rows(self, images, int(torch.randint(1, grid, ())))
 
 
 def train_on_prefixes(argv):
     stop_on_signals()
-    train.main(argv, forward=forward_on_prefixes)
+    train.main(argv, architecture=PrefixTransformer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

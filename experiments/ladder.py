@@ -3,10 +3,12 @@
     python -m experiments.ladder               # stopped and started again, it continues
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
     python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
+    python -m experiments.ladder --with "--lr 5e-4" --steps vit swiglu           # any flags of train.py, for all runs
     python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
 
 A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
-stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare.
+stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare. Rows of
+--with name its flags as `with`; results/ladder-with.jsonl holds those that the pages show.
 """
 import json
 import os
@@ -21,6 +23,7 @@ from data import open_data
 from harness.files import read_bytes
 from harness.flags import InputError, Parser, check_bounds, report_errors, require
 from harness.processes import DEVICES, at_stake, default_workers, stop_on_signals, stop_requests
+from train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 # Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
@@ -173,15 +176,22 @@ def main(argv=None):
     parser = parser_of_runs("ladder", __doc__)
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--long", action="store_true", help="size T, for a GPU and more epochs")
+    parser.add_argument("--with", dest="more", metavar="FLAGS", default="", help="flags of train.py for all runs")
     args = parse_runs(parser, argv)
-    args.out = args.out or Path("out", f"ladder-long-{args.epochs}" if args.long else f"ladder-{args.epochs}")
+    more = args.more.split()
+    check_bounds(parse(more))                                           # its errors, before anything is run
+    name = ["ladder-long" if args.long else "ladder", str(args.epochs), *(word.lstrip("-") for word in more)]
+    args.out = args.out or Path("out", "-".join(name))
     runs = {}
     for seed in range(args.seeds):
         for step in args.steps:
             flags = long_flags(step, args.epochs) if args.long else FLAGS.split()
             command = [ROOT / "train.py", "--data", args.data, *flags, "--epochs", str(args.epochs),
-                       *flags_of(step).split(), "--seed", str(seed)]
-            runs[f"{step}-{seed}"] = command, dict(step=step, seed=seed, epoch=args.epochs - 1)
+                       *flags_of(step).split(), "--seed", str(seed), *more]
+            fields = dict(step=step, seed=seed, epoch=args.epochs - 1)
+            if more:
+                fields["with"] = args.more
+            runs[f"{step}-{seed}"] = command, fields
     sys.exit(0 if train_all(runs, args, curve=args.long) else 1)
 
 

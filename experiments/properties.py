@@ -8,6 +8,7 @@
 Each checkpoint gives one line of JSON; --out appends it to a file as well. All is computed in float32, in one process.
 
 [1] calibration: Guo et al., arXiv 1706.04599       [2] shape or texture: Geirhos et al., arXiv 1811.12231
+[3] loss landscape: Li et al., arXiv 1712.09913
 """
 import copy
 import math
@@ -19,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -230,6 +232,47 @@ def shape_or_texture(subject):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loss landscape
+
+
+OFFSETS = [i / 5 for i in range(-5, 6)]    # along a direction, in lengths of the weights
+
+
+def random_direction(model, generator):
+    """{name: tensor}: noise in which each filter, a row of a weight, is as long as the model's own; norms and biases,
+    which have one dimension, stay as they are [3]."""
+    direction = {}
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator).to(p.device)
+        if p.ndim == 1:
+            direction[name] = torch.zeros_like(p)
+        else:
+            length, of_noise = (torch.linalg.vector_norm(x, dim=tuple(range(1, p.ndim)), keepdim=True)
+                                for x in (p, noise))
+            direction[name] = noise * length / of_noise
+    return direction
+
+
+@torch.no_grad()
+def landscape(subject):
+    """Cross-entropy of 500 images, drawn at random, along two random directions from the trained weights, the same for
+    models of the same shapes: a row for each offset along the first, a column for each along the second."""
+    model, count = copy.deepcopy(subject.model), len(subject.source)
+    places = random.Random("landscape").sample(range(count), min(500, count))
+    images = normalize(subject.pixels(places))
+    labels = torch.tensor([subject.source[place][1] for place in places], device=subject.device)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (random_direction(model, generator) for _ in range(2))
+    trained = {name: p.clone() for name, p in model.named_parameters()}
+
+    def loss(a, b):
+        for name, p in model.named_parameters():
+            p.copy_(trained[name] + a * first[name] + b * second[name])
+        return round(F.cross_entropy(model(images), labels).item(), 4)
+    return dict(landscape=[[loss(a, b) for b in OFFSETS] for a in OFFSETS])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Size and work
 
 
@@ -297,6 +340,7 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
     "attention": attention,
     "leak": leak,
     "shape_bias": shape_or_texture,
+    "landscape": landscape,
     "int8": int8,
     "macs": lambda subject: dict(macs=multiply_accumulates(subject.model.cfg)),
 }

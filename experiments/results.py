@@ -1,13 +1,14 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
-ladder.jsonl has rows of experiments/ladder.py; properties.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those
-of experiments/properties.py on its runs, anytime.jsonl those of experiments/anytime.py;
-cifar10-20-epochs.jsonl and segment.jsonl have the last row of metrics.jsonl of each run of train.py and
-downstream/segment.py, camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl and
-select.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was left;
-demo.jsonl the two runs of the README's quick start; speed/ has rows of the programs in benchmarks/.
-published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best epoch of each of the authors' logs
-whose weights are published.
+ladder.jsonl has rows of experiments/ladder.py, ladder-with.jsonl those with other flags; properties.jsonl, rank.jsonl,
+landscape.jsonl, label-smoothing.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those of
+experiments/properties.py on its runs, anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and
+segment.jsonl have the last row of metrics.jsonl of each run of train.py and downstream/segment.py,
+camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and
+quantize.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was
+left; demo.jsonl the two runs of the README's quick start; speed/ has rows of the programs in benchmarks/.
+published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best epoch of
+each of the authors' logs whose weights are published.
 """
 import json
 import math
@@ -43,7 +44,7 @@ CHANGES = {step: parse(flags_of(step).split()) for step in VARIANTS}
 
 def step_of(row):
     """The step that a row is about. Rows of the ladder name it; others have the step and what differs from it."""
-    size = ("width", "depth", "heads")
+    size = ("width", "depth", "heads", "patch_size")
     changes = {name: value for name, value in row.get("overrides", {}).items() if name not in size}
     if row["step"] not in STEPS:
         return row["step"]

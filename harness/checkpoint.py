@@ -26,9 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model as architecture
 from harness.flags import InputError, as_input_error, check_bounds, checked_config, overrides, require
-from model import SIZES, Config, config
+from model import SIZES, Config, VisionTransformer, config
 
 PUBLISHED = (  # the authors' weights, by the names of their files
     "illama-tiny-in1k-75.0", "illama-small-in1k-79.9", "illama-base-in1k-81.6", "illama-base-in1k-384-83.0",
@@ -219,15 +218,15 @@ def open_checkpoint(source):
 
 
 @names_file
-def build(checkpoint):
+def build(checkpoint, architecture=VisionTransformer):
     """The model of a checkpoint, with its weights and its soft mask."""
     state, cfg = weights_of(checkpoint), checked_config(Config, **checkpoint["config"])
     try:
         with torch.device("meta"):                     # shapes alone: a wrong configuration takes no memory
-            load_strictly(architecture.VisionTransformer(cfg), state, assign=True)
+            load_strictly(architecture(cfg), state, assign=True)
     except RuntimeError as error:                      # shapes beyond all bounds
         raise InputError(f"the checkpoint's config is none of this model's ({error}): use another file") from error
-    model = architecture.VisionTransformer(cfg)
+    model = architecture(cfg)
     model.load_state_dict(state)
     if checkpoint["alpha"] is not None:
         set_alpha(model, checkpoint["alpha"])

@@ -48,6 +48,20 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def animals(tmp_path_factory):
+    """A folder with four classes of 40 training and 8 validation images, each of a colour of its own."""
+    root = tmp_path_factory.mktemp("animals")
+    for i, name in enumerate(("ant", "bee", "cat", "dog")):
+        for split, count in (("train", 40), ("val", 8)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                rng = random.Random(f"{name} {split} {k}")
+                colour = tuple(rng.randrange(60, 200) for _ in range(3))
+                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{k:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
 def thousand(tmp_path_factory):
     """A folder with 1,000 class folders."""
     root = tmp_path_factory.mktemp("thousand")

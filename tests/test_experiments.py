@@ -9,12 +9,13 @@ import sys
 import pytest
 
 import train
-from conftest import DEADLINE, ROOT, SMALL, wait_until
+from conftest import DEADLINE, ROOT, SMALL, refused, wait_until
+from experiments import ladder as program
 from experiments import report, results
 from experiments.ladder import PUBLISHED, VARIANTS
 
 
-def ladder(tmp_path, data, seeds, epochs=2, wait=True):
+def ladder(tmp_path, data, seeds, *more, epochs=2, wait=True):
     """The ladder with runs of seconds."""
     program = f"""
 import sys
@@ -22,6 +23,7 @@ from experiments import ladder
 sys.argv = ["ladder.py", "--data", {str(data)!r}, "--steps", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
             "--epochs", "{epochs}", "--out", {str(tmp_path / "runs")!r}]
 ladder.FLAGS = {" ".join(SMALL)!r}
+sys.argv += {list(more)!r}
 ladder.main()
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -49,6 +51,19 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
     assert "vit-0: not finished, see" in ladder(tmp_path, photos, 1, epochs=1)   # longer or shorter is another --out
     assert ladder(tmp_path, "shapes", 1).startswith("2 runs to do")         # and so are other data
     assert [row["epoch"] for row in rows(tmp_path)] == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_the_ladder_takes_flags_for_all_its_runs_and_names_them_in_the_rows(photos, tmp_path):
+    assert ladder(tmp_path, photos, 1, "--with", "--lr 1e-5 --label-smoothing 0", epochs=1).startswith("2 runs to do")
+    assert [row["with"] for row in rows(tmp_path)] == ["--lr 1e-5 --label-smoothing 0"] * 2
+    recipe = json.loads((tmp_path / "runs" / "vit-0" / "config.json").read_text())["recipe"]
+    assert (recipe["lr"], recipe["label_smoothing"]) == (1e-5, 0)
+
+
+def test_flags_for_all_runs_are_checked_before_the_first(photos, capsys):
+    assert "unrecognized arguments: --lrr 1" in refused(program, ["--data", photos, "--with", "--lrr 1"], capsys)
+    assert "--lr is -1.0" in refused(program, ["--data", photos, "--with", "--lr -1"], capsys)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -243,6 +244,30 @@ def test_a_model_of_shapes_is_asked_on_their_conflict_split(tmp_path, capsys):
     saved(tmp_path / "a.pt")
     result = measured(capsys, tmp_path / "a.pt", "--measure", "shape_bias")
     assert result["conflicts"] == 2000 and 0 < result["decided"] < 2000 and 0 <= result["shape_bias"] <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss landscape
+
+
+def test_a_filter_of_a_direction_is_as_long_as_the_models_and_norms_and_biases_do_not_move(tmp_path):
+    model = saved(tmp_path / "a.pt")
+    direction = properties.random_direction(model, torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert not direction[name].any()
+        else:
+            torch.testing.assert_close(direction[name].flatten(1).norm(dim=1), p.flatten(1).norm(dim=1))
+            assert abs(F.cosine_similarity(direction[name].flatten(), p.flatten(), dim=0)) < 0.2
+
+
+def test_a_landscape_has_the_models_loss_in_its_middle_and_leaves_the_model_as_it_is(photos, finished, capsys):
+    result = measured(capsys, finished / "best.pt", "--measure", "landscape", "leak")
+    grid, middle = result["landscape"], properties.OFFSETS.index(0)
+    assert len(grid) == len(grid[0]) == len(properties.OFFSETS)
+    assert grid[middle][middle] == pytest.approx(result["test_loss"], abs=1e-3)              # of all, fewer than 500
+    assert len({value for row in grid for value in row}) > 100
+    assert result["leak"] == measured(capsys, finished / "best.pt", "--measure", "leak")["leak"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

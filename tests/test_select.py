@@ -277,6 +277,14 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
     assert "unrecognized arguments: --select uniform" in refused(train, ["--select", "uniform"], capsys)
 
 
+def test_a_permuted_start_has_the_same_values_in_each_tensor_at_other_places(larger, tmp_path):
+    before, after = (open_checkpoint(tmp_path / "larger.pt") for _ in range(2))
+    comparison.permute(after, 0)
+    for name, value in before["model"].items():
+        assert torch.equal(value.flatten().sort()[0], after["model"][name].flatten().sort()[0])
+        assert value.unique().numel() == 1 or not torch.equal(value, after["model"][name])
+
+
 @pytest.mark.slow
 def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_and_from_random_weights(
         photos, monkeypatch, tmp_path, capsys):
@@ -290,10 +298,27 @@ def test_the_comparison_starts_smaller_models_from_the_larger_one_by_both_rules_
         assert end.value.code == 0
     assert "0 runs to do" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert rows[0]["start"] == "larger" and sorted(row["start"] for row in rows[1:]) == ["aligned", "random", "uniform"]
+    assert rows[0]["start"] == "larger" and sorted(row["start"] for row in rows[1:]) == ["aligned", "permuted", "random", "uniform"]
     assert all(len(row["acc1_by_epoch"]) == 2 and row["acc1_by_epoch"][-1] == row["test_acc1"] for row in rows[1:])
     larger = load(tmp_path / "larger" / "last.pt")["model"]["blocks.0.attn.qkv.weight"]
     assert torch.equal(load(tmp_path / "uniform-0" / "last.pt")["model"]["blocks.0.attn.qkv.weight"],
                        larger[rule(576, 384)][:, rule(192, 128)])
+    selected, permuted = (load(tmp_path / name / "last.pt")["model"]["blocks.0.attn.qkv.weight"] for name in ("uniform-0", "permuted-0"))
+    assert torch.equal(selected.flatten().sort()[0], permuted.flatten().sort()[0]) and not torch.equal(selected, permuted)
     for flag in ("--seeds", "--epochs", "--larger-epochs", "--jobs"):
         assert "must be at least 1" in refused(comparison, [flag, 0], capsys)
+
+
+@pytest.mark.slow
+def test_with_other_classes_the_smaller_models_learn_what_the_larger_one_has_not_seen(animals, monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison, "FLAGS", " ".join(SMALL))
+    monkeypatch.setattr(comparison, "LARGER", "--size tiny --depth 3")
+    monkeypatch.setattr(comparison, "SMALLER", "--size nano --depth 2")
+    flags = ["--data", str(animals), "--seeds", "1", "--epochs", "1", "--larger-epochs", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        comparison.main([*flags, "--other-classes"])
+    assert end.value.code == 0
+    classes = [load(tmp_path / name / "last.pt")["classes"] for name in ("larger-other", "random-other-0", "uniform-other-0")]
+    assert classes[1] == classes[2] and not set(classes[0]) & set(classes[1])
+    init = json.loads((tmp_path / "uniform-other-0" / "config.json").read_text())["run"]["init_from"]
+    assert init == str(tmp_path / "uniform-other-0.pt")

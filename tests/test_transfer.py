@@ -1,29 +1,13 @@
 """Transfer to other classes: one property a test."""
 import json
-import random
 from collections import Counter
 
 import pytest
-from PIL import Image
 
 from conftest import SMALL, load, refused
 from data import open_data
 from experiments import transfer
 from experiments.transfer import Part, open_part
-
-
-@pytest.fixture(scope="session")
-def animals(tmp_path_factory):
-    """A folder with four classes of 40 training and 8 validation images, each of a colour of its own."""
-    root = tmp_path_factory.mktemp("animals")
-    for i, name in enumerate(("ant", "bee", "cat", "dog")):
-        for split, count in (("train", 40), ("val", 8)):
-            (root / split / name).mkdir(parents=True)
-            for k in range(count):
-                rng = random.Random(f"{name} {split} {k}")
-                colour = tuple(rng.randrange(60, 200) for _ in range(3))
-                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{k:02}.png")
-    return root
 
 
 def test_the_halves_share_no_class_and_number_their_own_from_0(animals):
