@@ -203,11 +203,11 @@ def categories(classes):
 def open_conflict(data, img_size):
     """(data set, shapes, textures): what each image's shape and texture show, two lists of category names.
 
-    `data` is shapes-cue, whose conflict split it then is, or a folder of SHAPE/shapeN-textureN.png. InputError if it is
-    neither.
+    `data` is shapes-cue or shapes-cue-centred, whose conflict split it then is, or a folder of
+    SHAPE/shapeN-textureN.png. InputError if it is neither.
     """
-    if data == "shapes-cue":
-        source = Shapes("conflict", img_size, cue=True)
+    if data in ("shapes-cue", "shapes-cue-centred"):
+        source = Shapes("conflict", img_size, cue=True, centred="centred" in data)
         pairs = [source.shape_and_texture(index, source.rng(index)) for index in range(len(source))]
         names = [(source.classes[shape], source.classes[texture]) for shape, texture in pairs]
     else:
@@ -376,7 +376,8 @@ def open_subjects(args):
 def main(argv=None):
     parser = parser_of_checkpoints("properties", __doc__)
     parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
-    parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, or DIR/SHAPE/shapeN-textureN.png")
+    parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, shapes-cue-centred, "
+                        "or DIR/SHAPE/shapeN-textureN.png")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     subjects = open_subjects(args)

@@ -70,13 +70,14 @@ class Shapes(Dataset):
     split, index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
 
     Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val",
-    and never in the third split, "conflict".
+    and never in the third split, "conflict". `centred` shapes stand in the middle, all else being equal.
     """
     classes = list(SHAPES)
     count = {"train": 10_000, "val": 2_000, "conflict": 2_000}
 
-    def __init__(self, split, img_size, cue=False, seed=0):
+    def __init__(self, split, img_size, cue=False, seed=0, centred=False):
         self.split, self.img_size, self.cue, self.seed = split, img_size, cue, seed
+        self.spread = 0 if centred else 1
 
     def __len__(self):
         return self.count[self.split]
@@ -97,7 +98,7 @@ class Shapes(Dataset):
         shape, texture = self.shape_and_texture(index, rng)
         x, y = coordinates(self.img_size, self.img_size)
         # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it in minutes.
-        colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.42, 0.75))
+        colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.42, 0.75), spread=self.spread)
         return to_image(colours * inside + draw_background(rng, x, y) * (1 - inside)), shape
 
 
@@ -108,12 +109,13 @@ def coordinates(H, W):
     return x[None, :W], y[:H, None]
 
 
-def draw_shape(rng, x, y, shape, texture, radii):
+def draw_shape(rng, x, y, shape, texture, radii, spread=1):
     """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, indices into SHAPES and
-    TEXTURES, of a radius between two bounds, somewhere within the image."""
+    TEXTURES, of a radius between two bounds, somewhere within the image; `spread` 0 is its middle."""
     radius, turn = rng.uniform(*radii), math.radians(rng.uniform(-40, 40))
     pixel = 2 / min(x.size, y.size)
-    dx, dy = (axis - rng.uniform(radius - axis.size * pixel / 2, axis.size * pixel / 2 - radius) for axis in (x, y))
+    room = [axis.size * pixel / 2 - radius for axis in (x, y)]
+    dx, dy = (axis - spread * rng.uniform(-far, far) for axis, far in zip((x, y), room))
     dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
     inside = 0.5 - list(SHAPES.values())[shape](dx / radius, dy / radius) * radius / pixel
 

@@ -52,6 +52,14 @@ def test_every_class_is_equally_frequent():
         assert np.bincount(labels).tolist() == [count // 10] * 10
 
 
+def test_centred_shapes_are_the_same_ones_in_the_middle():
+    for index in (0, 5, 50, 1005):                                           # circles and squares
+        scattered, centred = (np.asarray(Shapes("conflict", 64, cue=True, centred=flag)[index][0]).max(2) > 90 for flag in (False, True))
+        assert np.argwhere(centred).mean(0) == pytest.approx([31.5, 31.5], abs=1)
+        assert centred.sum() == pytest.approx(scattered.sum(), rel=0.1)
+    assert np.argwhere(scattered).mean(0) != pytest.approx([31.5, 31.5], abs=3)
+
+
 def test_shapes_and_textures_are_independent_by_default_and_cue_ties_or_parts_them():
     def share(split, cue):
         """How often the texture is the shape's own."""
@@ -522,7 +530,7 @@ def test_a_folder_of_images_is_arrays_without_an_object_for_each_file(photos):
 
 
 def test_an_unknown_data_set_names_the_known_ones():
-    with pytest.raises(ValueError, match="cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100, flowers102 nor a"):
+    with pytest.raises(ValueError, match="cifar11 is neither one of shapes, shapes-cue, shapes-cue-centred, cifar10, cifar100, flowers102 nor a"):
         open_data("cifar11", "train", 32)
 
 

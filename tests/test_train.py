@@ -712,7 +712,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--size", "huge"], "argument --size: invalid choice: 'huge' (choose from nano, tiny, small, base, large); --help"),
     (["--step", "moe"], "argument --step: invalid choice: 'moe' (choose from vit, swiglu, rmsnorm"),
     (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast' (choose from small-data, basic, tiny, small, base"),
-    (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, cifar10, cifar100, flowers102 nor a folder"),
+    (["--data", "cifar11"], "--data cifar11 is neither one of shapes, shapes-cue, shapes-cue-centred, cifar10, cifar100, flowers102 nor a folder"),
     (["--mask", "hard"], "argument --mask: invalid choice: 'hard' (choose from none, causal"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'; --help lists the flags"),
     (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
