@@ -24,10 +24,10 @@ from torchvision.transforms.v2 import functional as TF
 from harness.files import open_folder
 from harness.flags import InputError, require, shorten
 from harness.processes import start_worker
-from synthetic.shapes import Shapes
+from synthetic.shapes import DRAWN, Shapes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
-DATASETS = ("shapes", "shapes-cue", "shapes-cue-centred", "cifar10", "cifar100", "flowers102")     # the built-in ones
+DATASETS = (*DRAWN, "cifar10", "cifar100", "flowers102")   # the built-in ones
 DOWNLOADS = Path("datasets")                               # where downloaded ones are kept
 
 
@@ -52,7 +52,7 @@ def open_data(data, split, img_size, classes=None):
         source = ConcatDataset([download(datasets.Flowers102, split=part) for part in parts])
         source.classes = [f"flower {n}" for n in range(1, 103)]                  # torchvision 0.21 has no names
     else:
-        source = Shapes(split, img_size, cue="cue" in data, centred="centred" in data)
+        source = Shapes(split, img_size, **DRAWN[data])
     require(classes is None or list(classes) == list(source.classes), f"--data {data} has the classes "
             f"{shorten(source.classes)}, but the model knows {shorten(classes or [])}: use the data that it was trained"
             " on")

@@ -340,7 +340,8 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
         state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0
         folder.save(improved)
 
-    folder.finish(f"top-1 {state.best_acc1:.2f} %", "python eval.py", run.data)
+    program = "python eval.py" if architecture is VisionTransformer else ""
+    folder.finish(f"top-1 {state.best_acc1:.2f} %", program, run.data)
 
 
 if __name__ == "__main__":

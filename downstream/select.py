@@ -189,6 +189,7 @@ def small_config(given, step, larger):
 
 
 def save(checkpoint, path):
+    """Write a checkpoint, and its folder if there is none."""
     buffer = io.BytesIO()
     torch.save(dict(checkpoint), buffer)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import eval_transform, labels_of, normalize, open_data
 from experiments.ladder import VARIANTS, title_of
-from experiments.properties import open_conflict, singular_values_for
+from experiments.properties import OFFSETS, open_conflict, singular_values_for
 from experiments.report import uniform_attention
-from experiments.results import EPOCHS, READ, SEGMENTED, by_step, climbed, read_by, seeds_of, segmented
+from experiments.results import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
 from harness.checkpoint import build, open_checkpoint
 from harness.export import class_token_attention
 from harness.flags import Parser, report_errors, require
@@ -145,7 +145,7 @@ def draw_conflict():
 
 def draw_ladder():
     """Each seed a mark and each mean a bar; beside it, the published accuracies."""
-    found = climbed()
+    found = {step: list(seeds.values()) for step, seeds in ladder().items()}
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(8, 5.3), sharey=True, width_ratios=(2, 1))
     for y, step in enumerate(VARIANTS):
         mean, published = fmean(found[step]), VARIANTS[step].published
@@ -292,9 +292,46 @@ def draw_attention(runs, data):
     return fig
 
 
+def draw_landscape():
+    """The loss around the trained weights, along two random directions, of the first seed."""
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.9), sharey=True)
+    for ax, (step, name) in zip(axes, MODELS.items()):
+        grid = np.array(next(iter(by_step("landscape", "landscape")[step].values())))
+        lines = ax.contour(OFFSETS, OFFSETS, grid.T, levels=np.arange(1.2, 3.01, 0.2), colors=BLUE, linewidths=1)
+        ax.clabel(lines, fontsize=7.5)
+        ax.plot(0, 0, "+", color=ORANGE, markersize=9, markeredgewidth=2)
+        ax.set(title=f"{name}: {grid[len(grid) // 2, len(grid) // 2]:.2f} in the middle", aspect="equal",
+               xlabel="first direction", xticks=(-1, -0.5, 0, 0.5, 1), yticks=(-1, -0.5, 0, 0.5, 1))
+        ax.grid(False)
+    axes[0].set_ylabel("second direction")
+    fig.supxlabel("test loss; an offset of 1 is as long as the weights, filter by filter; +: the trained weights",
+                  fontsize=8.5)
+    return fig
+
+
+def draw_schedule():
+    """Loss and accuracy through the end of a constant soft mask, and without one."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+    runs = {"soft-mask-constant": "soft mask, constant", "soft-mask-none": "exact mask throughout (`abs_pos`)"}
+    for (name, title), look in zip(runs.items(), LINES):
+        found = rows(name)
+        epochs = [row["epoch"] + 1 for row in found]
+        left.plot(epochs, [row["train_loss"] for row in found], label=title.replace("`", ""), **look)
+        right.plot(epochs, [row["test_acc1"] for row in found], **look)
+        if any(row["train_soft_mask_rate"] for row in found):
+            end = sum(row["train_soft_mask_rate"] == 1 for row in found) + 0.5
+            for ax in (left, right):
+                ax.axvline(end, color=GREY, linestyle=":")
+    left.set(title="training loss", xlabel="epoch")
+    right.set(title="CIFAR-10 top-1, %", xlabel="epoch")
+    left.legend(loc="upper right")
+    fig.supxlabel("dotted: alpha goes from 1 to 0", fontsize=8.5)
+    return fig
+
+
 FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
                properties=draw_properties, anytime=draw_anytime, where=draw_where, leak=draw_leak,
-               attention=draw_attention)
+               landscape=draw_landscape, schedule=draw_schedule, attention=draw_attention)
 
 
 def main():

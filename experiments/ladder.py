@@ -3,7 +3,7 @@
     python -m experiments.ladder               # stopped and started again, it continues
     python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
     python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
-    python -m experiments.ladder --with "--lr 5e-4" --steps vit swiglu           # any flags of train.py, for all runs
+    python -m experiments.ladder --with="--lr 5e-4" --steps vit swiglu           # more flags of train.py, for all runs
     python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
 
 A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
@@ -12,6 +12,8 @@ stays. results/ladder.jsonl holds the rows that the README shows; all were run o
 """
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from data import open_data
 from harness.files import read_bytes
-from harness.flags import InputError, Parser, check_bounds, report_errors, require
+from harness.flags import InputError, Parser, check_bounds, flag, report_errors, require
 from harness.processes import DEVICES, at_stake, default_workers, stop_on_signals, stop_requests
 from train import parse
 
@@ -176,12 +178,15 @@ def main(argv=None):
     parser = parser_of_runs("ladder", __doc__)
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--long", action="store_true", help="size T, for a GPU and more epochs")
-    parser.add_argument("--with", dest="more", metavar="FLAGS", default="", help="flags of train.py for all runs")
+    parser.add_argument("--with", dest="more", metavar="FLAGS", default="", help='more flags of train.py '
+                        'for all runs, as in --with="--lr 5e-4"')
     args = parse_runs(parser, argv)
-    more = args.more.split()
-    check_bounds(parse(more))                                           # its errors, before anything is run
-    name = ["ladder-long" if args.long else "ladder", str(args.epochs), *(word.lstrip("-") for word in more)]
-    args.out = args.out or Path("out", "-".join(name))
+    more = shlex.split(args.more)
+    given = parse(more)
+    check_bounds(given)
+    own = given.keys() & {"data", "epochs", "step", "seed", "device", "workers", "out", "resume"}
+    require(not own, f"--with sets {', '.join(map(flag, sorted(own)))}, which the ladder does itself: leave that out")
+    args.out = args.out or Path("out", f"ladder-long-{args.epochs}" if args.long else f"ladder-{args.epochs}")
     runs = {}
     for seed in range(args.seeds):
         for step in args.steps:
@@ -191,7 +196,7 @@ def main(argv=None):
             fields = dict(step=step, seed=seed, epoch=args.epochs - 1)
             if more:
                 fields["with"] = args.more
-            runs[f"{step}-{seed}"] = command, fields
+            runs["-".join([step, str(seed), *re.findall(r"[\w.]+", args.more)])] = command, fields
     sys.exit(0 if train_all(runs, args, curve=args.long) else 1)
 
 

@@ -33,7 +33,9 @@ from harness.flags import Parser, check_bounds, report_errors, require, shorten
 from harness.processes import setup
 from harness.run import add_eval_flags, append_row
 from model import VisionTransformer
-from synthetic.shapes import Shapes
+from synthetic.shapes import DRAWN, Shapes
+
+CUE = ("shapes-cue", "shapes-cue-centred")
 
 
 @dataclass
@@ -58,10 +60,11 @@ class Subject:
         batches = eval_batches(len(source), self.args.batch_size)
         return loader(self.images(source), batches, self.args.workers, self.device)
 
-    def pixels(self, places):
-        """(n, 3, H, W), uint8: images of the validation split."""
+    def examples(self, places):
+        """Images (n, 3, H, W), uint8, and labels (n,) of the validation split."""
         images = self.images(self.source)
-        return torch.stack([images[0, place][0] for place in places]).to(self.device)
+        pixels, labels, _ = zip(*(images[0, place] for place in places))
+        return torch.stack(pixels).to(self.device), torch.tensor(labels, device=self.device)
 
     @cached_property
     def predictions(self):
@@ -71,10 +74,12 @@ class Subject:
     @cached_property
     def conflict(self):
         """open_conflict() of the cue-conflict images, and {category: its classes} of the model."""
-        source, shapes, textures = open_conflict(self.args.cue, self.model.cfg.img_size)
+        own = self.checkpoint["run"].get("data")
+        cue = self.args.cue or (own if own in CUE else "shapes-cue")
+        source, shapes, textures = open_conflict(cue, self.model.cfg.img_size)
         known = categories(self.source.classes)
         unknown = sorted({*shapes, *textures} - known.keys())
-        require(not unknown, f"--cue {self.args.cue} has the categories {shorten(unknown)}, but the model knows "
+        require(not unknown, f"--cue {cue} has the categories {shorten(unknown)}, but the model knows "
                 f"{shorten(known)}: use a model of these, or of ImageNet's 1,000 classes")
         return source, shapes, textures, known
 
@@ -82,7 +87,8 @@ class Subject:
     def sample(self):
         """30 images drawn at random, the same each time; all of them if there are fewer."""
         count = len(self.source)
-        return self.pixels(random.Random("sample").sample(range(count), min(30, count)))
+        images, _ = self.examples(random.Random("sample").sample(range(count), min(30, count)))
+        return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +160,8 @@ def leak(subject):
     labels = torch.cat([labels for _, labels in subject.predictions])
     classes = range(min(10, len(subject.source.classes)))
     places = torch.cat([(labels == label).nonzero()[:10, 0] for label in classes])
-    return dict(leak=output_change(subject.model, subject.pixels(places.tolist())))
+    images, _ = subject.examples(places.tolist())
+    return dict(leak=output_change(subject.model, images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,8 +213,8 @@ def open_conflict(data, img_size):
     `data` is shapes-cue or shapes-cue-centred, whose conflict split it then is, or a folder of
     SHAPE/shapeN-textureN.png. InputError if it is neither.
     """
-    if data in ("shapes-cue", "shapes-cue-centred"):
-        source = Shapes("conflict", img_size, cue=True, centred="centred" in data)
+    if data in CUE:
+        source = Shapes("conflict", img_size, **DRAWN[data])
         pairs = [source.shape_and_texture(index, source.rng(index)) for index in range(len(source))]
         names = [(source.classes[shape], source.classes[texture]) for shape, texture in pairs]
     else:
@@ -239,8 +246,8 @@ OFFSETS = [i / 5 for i in range(-5, 6)]    # along a direction, in lengths of th
 
 
 def random_direction(model, generator):
-    """{name: tensor}: noise in which each filter, a row of a weight, is as long as the model's own; norms and biases,
-    which have one dimension, stay as they are [3]."""
+    """{name: tensor}: noise in which each filter, a row of a weight, is as long as the model's own, and so are the
+    positions together and the class token; norms and biases, which have one dimension, stay as they are [3]."""
     direction = {}
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator).to(p.device)
@@ -259,8 +266,8 @@ def landscape(subject):
     models of the same shapes: a row for each offset along the first, a column for each along the second."""
     model, count = copy.deepcopy(subject.model), len(subject.source)
     places = random.Random("landscape").sample(range(count), min(500, count))
-    images = normalize(subject.pixels(places))
-    labels = torch.tensor([subject.source[place][1] for place in places], device=subject.device)
+    images, labels = subject.examples(places)
+    batches = list(zip(normalize(images).split(subject.args.batch_size), labels.split(subject.args.batch_size)))
     generator = torch.Generator().manual_seed(0)
     first, second = (random_direction(model, generator) for _ in range(2))
     trained = {name: p.clone() for name, p in model.named_parameters()}
@@ -268,7 +275,8 @@ def landscape(subject):
     def loss(a, b):
         for name, p in model.named_parameters():
             p.copy_(trained[name] + a * first[name] + b * second[name])
-        return round(F.cross_entropy(model(images), labels).item(), 4)
+        total = sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y in batches)
+        return round(total / len(places), 4)
     return dict(landscape=[[loss(a, b) for b in OFFSETS] for a in OFFSETS])
 
 
@@ -282,7 +290,7 @@ def to_int8(x, dim=()):
     return (x / scale).round().clamp(-128, 127), scale
 
 
-def quantize(model):
+def quantize_after_training(model):
     """A copy with 8-bit linear layers in its blocks, simulated in float, and its size in bytes.
 
     Weights have a scale for each output channel. Activations are quantized dynamically, one scale for the whole tensor
@@ -300,7 +308,7 @@ def quantize(model):
 
 
 def int8(subject):
-    small, size = quantize(subject.model)
+    small, size = quantize_after_training(subject.model)
     accuracy = evaluate(small, subject.batches(subject.source), subject.device)["test_acc1"]
     return dict(int8_acc1=accuracy, int8_mb=size / 1e6,
                 float32_mb=4e-6 * sum(p.numel() for p in subject.model.parameters()))
@@ -376,8 +384,8 @@ def open_subjects(args):
 def main(argv=None):
     parser = parser_of_checkpoints("properties", __doc__)
     parser.add_argument("--measure", nargs="+", choices=PROPERTIES, required=True)
-    parser.add_argument("--cue", default="shapes-cue", help="shape_bias: shapes-cue, shapes-cue-centred, "
-                        "or DIR/SHAPE/shapeN-textureN.png")
+    parser.add_argument("--cue", help=f"shape_bias: {' or '.join(CUE)} (default: as trained), or a folder of "
+                        "SHAPE/shapeN-textureN.png")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     subjects = open_subjects(args)

@@ -10,9 +10,10 @@ from statistics import fmean, stdev
 import torch
 
 from experiments.ladder import PUBLISHED, VARIANTS, title_of
-from experiments.properties import multiply_accumulates, singular_values_for
-from experiments.results import (MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step, climbed,
-                                 comparisons, matching, read_by, rows, seeds_of, segmented, significant)
+from experiments.properties import OFFSETS, multiply_accumulates, singular_values_for
+from experiments.results import (EPOCHS, MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step,
+                                 comparisons, interval, ladder, matching, read_by, rows, seeds_of, segmented, shared,
+                                 significant)
 from experiments.transfer import PERCENT
 from model import SIZES, VisionTransformer, config
 from train import RECIPES
@@ -23,7 +24,9 @@ def plus_minus(values, digits=1):
 
 
 def means(*columns, digits=1):
-    """The mean over seeds of each column."""
+    """The mean of each column: a number of each seed, in a list, or {seed: number} on the seeds that all have."""
+    if isinstance(columns[0], dict):
+        columns = [[column[seed] for seed in shared(*columns)] for column in columns]
     return " / ".join(f"{fmean(seeds):.{digits}f}" for seeds in columns)
 
 
@@ -32,8 +35,10 @@ def percent(values, whole=1):
 
 
 def cell(value):
-    """Text as it is; a number of each seed as mean ± standard deviation."""
-    return value if isinstance(value, str) else plus_minus(value)
+    """Text as it is; a number of each seed, in a list or {seed: number}, as mean ± standard deviation."""
+    if isinstance(value, str):
+        return value
+    return plus_minus(list(value.values()) if isinstance(value, dict) else value)
 
 
 def table(head, body, left=1):
@@ -48,18 +53,18 @@ def table(head, body, left=1):
 
 
 def results_table():
-    found, losses, changes = climbed(), climbed("train_loss"), comparisons()
-    beyond_chance = significant({step: chance for step, (_, _, chance) in changes.items()})
+    found, losses = ladder(), ladder("train_loss")
+    beyond_chance = significant({step: chance for step, (_, _, chance) in comparisons().items()})
     body = []
     for step, row in VARIANTS.items():
-        difference = ""
-        if step in changes:
-            change, half, _ = changes[step]
-            star = " *" if step in beyond_chance else ""
-            difference = f"{change:+.1f} [{change - half:+.1f}, {change + half:+.1f}]{star}"
+        difference, seeds = "", str(len(found[step]))
+        if row.against:
+            difference = interval(found[step], found[row.against]) + (" *" if step in beyond_chance else "")
+            pairs = len(shared(found[step], found[row.against]))
+            seeds += f" ({pairs})" if pairs < len(found[step]) else ""
         published = [(row.published, 1), (row.published_loss, 3), (row.published_base, 1), (row.published_base_loss, 3)]
-        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", str(len(found[step])),
-                     found[step], difference, f"{fmean(losses[step]):.3f}",
+        body.append([f"`{title_of(step)}`", row.what, f"`{row.against}`" if row.against else "", seeds, found[step],
+                     difference, f"{fmean(losses[step].values()):.3f}",
                      *("" if value is None else f"{value:.{digits}f}" for value, digits in published)])
     return table("`--step` | what it changes | against | seeds | top-1, % | difference [95 %] | train loss "
                  "| paper ¹, T: top-1 | train loss | B: top-1 | train loss", body, left=3)
@@ -73,7 +78,7 @@ def published_table():
 
 def paper_table():
     """The paper's figures from results/published-tables.jsonl, and ours beside them."""
-    top1, train, test = (climbed(key) for key in ("test_acc1", "train_loss", "test_loss"))
+    top1, train, test = (ladder(key) for key in ("test_acc1", "train_loss", "test_loss"))
     with torch.device("meta"):
         models = [VisionTransformer(config(size)) for size in ("tiny", "small", "base", "large")]
     parameters = [[sum(p.numel() for p in each.parameters()) / 1e6] for each in models]
@@ -128,6 +133,20 @@ def rank_table():
         ["mean", *(means([fmean(map(fmean, seed)) for seed in column]) for column in columns)]])
 
 
+def rank_of_steps_table():
+    """Mean over heads and blocks, and what uniform attention under the same mask has."""
+    masks = {"rmsnorm": "no mask", "ps_cls": "causal", "soft_log": "causal", "soft_mask": "soft, alpha 0"}
+    body = []
+    for step, mask in masks.items():
+        uniform = uniform_attention(65)[mask]
+        line = [f"`{step}`", mask]
+        for fraction, key in ((0.8, "rank_80"), (0.9, "rank_90")):
+            line.append([fmean(map(fmean, blocks)) for blocks in by_step("rank", key)[step].values()])
+            line.append(str(singular_values_for(fraction, uniform).item()))
+        body.append(line)
+    return table("step | mask in the end | 80 % | uniform | 90 % | uniform", body, left=2)
+
+
 def uniform_attention(tokens):
     """Attention maps (N, N) that tell no token from another: the mask alone, nothing learned."""
     full = torch.full((tokens, tokens), 1 / tokens)
@@ -143,9 +162,31 @@ def uniform_table():
 
 
 def calibration_table():
-    return table("model | top-1, % | calibration error, %", [
-        [name, seeds_of("properties", "test_acc1", step), percent(seeds_of("properties", "ece", step))]
-        for step, name in MODELS.items()])
+    body = []
+    for step, name in MODELS.items():
+        for smoothing, file in (("0.1", "properties"), ("0", "label-smoothing")):
+            gaps = []
+            for bins in seeds_of(file, "reliability", step):
+                images = sum(count for count, _, _ in bins)
+                gaps.append(sum(count * (confidence - hits) for count, confidence, hits in bins) / images)
+            accuracy, ece = (seeds_of(file, key, step) for key in ("test_acc1", "ece"))
+            body.append([name, smoothing, accuracy, percent(ece), percent(gaps)])
+    return table("model | label smoothing | top-1, % | calibration error, % | confidence - accuracy, %", body, left=2)
+
+
+def landscape_table():
+    """How much higher the loss is at some distance from the trained weights, on average over directions."""
+    distance = torch.tensor(OFFSETS).square()
+    distance = (distance + distance[:, None]).sqrt()
+    body = []
+    for step, name in MODELS.items():
+        grids = [torch.tensor(grid) for grid in seeds_of("landscape", "landscape", step)]
+        trained = [grid[distance == 0].item() for grid in grids]
+        body.append([name, plus_minus(trained, 2)])
+        for inner, outer in ((0, 0.5), (0.5, 1)):
+            ring = (distance > inner) & (distance <= outer)
+            body[-1].append(plus_minus([grid[ring].mean().item() - loss for grid, loss in zip(grids, trained)], 2))
+    return table("model | loss of the trained weights | more at a distance up to 0.5 | from 0.5 to 1", body)
 
 
 def shape_table():
@@ -168,6 +209,15 @@ def int8_table():
     return table("model | float32: top-1, % | 8 bits | change | size", body)
 
 
+def quantize_table():
+    """Against the same model without rounding, and beside it the step itself, without norms of queries and keys."""
+    body, plain = [], ladder()
+    for step, name in MODELS.items():
+        control, bits = (by_step("quantize", "test_acc1", epoch=EPOCHS - 1, bits=bits)[step] for bits in (32, 8))
+        body.append([name, {seed: plain[step][seed] for seed in bits}, control, bits, interval(bits, control)])
+    return table("model | as it is: top-1, % | with norms of queries and keys | and 8 bits | difference [95 %]", body)
+
+
 def anytime_table():
     return table(f"top-1, %, after row | {' | '.join(map(str, range(1, 9)))}",
                  [[title, *zip(*read_by(name, "acc1_by_row"))] for name, title in READ.items()])
@@ -186,10 +236,18 @@ def runs_table():
     return table("run | parameters | epochs | minutes | top-1, %", body)
 
 
-def longer_table():
-    return table("CIFAR-10, 96 wide, 4 blocks, patch 8, 20 epochs | top-1, % | training loss", [
-        [SEGMENTED[step], seeds_of("cifar10-20-epochs", "test_acc1", step),
-         plus_minus(seeds_of("cifar10-20-epochs", "train_loss", step), 3)] for step in ("rmsnorm", "ps_cls")])
+def epochs_table():
+    """What the mask costs, by epochs and tokens."""
+    keys, body = ("test_acc1", "train_loss"), []
+    lines = [("3", "17", [ladder(key, flags="--patch-size 8") for key in keys]),
+             ("20", "17", [by_step("cifar10-20-epochs", key) for key in keys]),
+             ("3", "65", [ladder(key) for key in keys])]
+    for epochs, tokens, (accuracy, losses) in lines:
+        body.append([epochs, tokens, str(len(accuracy["ps_cls"])), accuracy["rmsnorm"], accuracy["ps_cls"],
+                     interval(accuracy["ps_cls"], accuracy["rmsnorm"]),
+                     interval(losses["ps_cls"], losses["rmsnorm"], 3)])
+    return table("epochs | tokens | seeds | `rmsnorm`: top-1, % | `ps_cls`: top-1, % | the mask's difference [95 %] "
+                 "| of training loss [95 %]", body, left=0)
 
 
 def segment_table():
@@ -226,16 +284,17 @@ def transfer_table():
 
 
 def select_table():
-    starts = {"random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`"}
+    starts = {
+        "random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`",
+        "permuted": "`uniform`, then permuted", "random-other": "five classes: random weights",
+        "uniform-other": "five classes: `uniform`, of a model of the other five"}
     return table("start: top-1, % | epoch 1 | epoch 2 | epoch 3",
                  [[what, *zip(*(row["acc1_by_epoch"] for row in matching("select", start=start)))]
-                  for start, what in starts.items()])
+                  for start, what in starts.items() if matching("select", start=start)])
 
 
 def long_table():
     """The ladder at length, which needs a GPU: experiments.ladder --long."""
-    if not (ROOT / "results" / "ladder-long.jsonl").exists():
-        return "Not run yet."
     found = by_step("ladder-long")
     first = rows("ladder-long")[0]
     return table(f"CIFAR-10, size T, {first['epoch'] + 1} epochs, {first['time_device']} | seeds | top-1, %", [
@@ -309,20 +368,29 @@ def macs_table():
 
 PARTS = dict(
     results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
-    rank=rank_table, uniform=uniform_table, calibration=calibration_table, shape=shape_table, int8=int8_table,
-    anytime=anytime_table, runs=runs_table, longer=longer_table,
+    rank=rank_table, ranks=rank_of_steps_table, uniform=uniform_table, calibration=calibration_table,
+    landscape=landscape_table, shape=shape_table, int8=int8_table, quantize=quantize_table,
+    anytime=anytime_table, runs=runs_table, epochs=epochs_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
     macs=macs_table, hours=hours_table, long=long_table)
 for path in (ROOT / "results" / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
 PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md",
-         "docs/gpu.md")
+         "docs/gpu.md", "docs/extending.md")
+
+
+def part(name):
+    """What stands between two marks."""
+    rows_of = dict(long="ladder-long", quantize="quantize").get(name)
+    if rows_of and not (ROOT / "results" / f"{rows_of}.jsonl").exists():
+        return "Not run yet."
+    return PARTS[name]()
 
 
 def written(text):
     """A page with each part between two marks made anew."""
-    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", text,
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{part(m[2])}\n{m[3]}", text,
                   flags=re.S)
 
 

@@ -66,9 +66,11 @@ def seeds_of(name, key, step, **fields):
     return list(by_step(name, key, **fields)[step].values())
 
 
-def climbed(key="test_acc1"):
-    """{step: a value for each of its seeds} of the ladder"""
-    return {step: list(seeds.values()) for step, seeds in by_step("ladder", key, epoch=EPOCHS - 1).items()}
+def ladder(key="test_acc1", epochs=EPOCHS, flags=None):
+    """{step: {seed: its value}} of the ladder, or of that with other flags."""
+    if flags is None:
+        return by_step("ladder", key, epoch=epochs - 1)
+    return by_step("ladder-with", key, epoch=epochs - 1, **{"with": flags})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,10 +94,15 @@ def quantile_of_t(degrees, fraction=0.95):
     return high
 
 
+def shared(*columns):
+    """The seeds that all of several {seed: value} have."""
+    return sorted(set.intersection(*(set(column) for column in columns)))
+
+
 def paired(values, others):
     """(mean difference, half its 95 % interval, probability of a larger one by chance) of {seed: value}, on the seeds
     that both have."""
-    changes = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    changes = [values[seed] - others[seed] for seed in shared(values, others)]
     error, degrees = stdev(changes) / math.sqrt(len(changes)), len(changes) - 1
     mean = fmean(changes)
     chance = 1 - fraction_within(abs(mean) / error, degrees) if error else float(mean == 0)
@@ -113,9 +120,15 @@ def significant(chances, level=0.05):
     return found
 
 
+def interval(values, others, digits=1):
+    """paired()'s difference with its interval, in words."""
+    mean, half, _ = paired(values, others)
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+
+
 def comparisons(key="test_acc1"):
     """{step: paired() with the step that it is compared with} of the ladder."""
-    found = by_step("ladder", key, epoch=EPOCHS - 1)
+    found = ladder(key)
     return {step: paired(found[step], found[row.against]) for step, row in VARIANTS.items() if row.against}
 
 

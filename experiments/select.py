@@ -19,7 +19,7 @@ from harness.checkpoint import open_checkpoint
 from harness.flags import report_errors
 
 # Flags of train.py for all, for the larger model, and for the smaller ones
-FLAGS = "--batch-size 64 --lr 1e-3 --dtype bfloat16 --compile"
+FLAGS = "--batch-size 64 --lr 1e-3"
 LARGER = "--size tiny --depth 4"
 SMALLER = "--size nano --depth 3"
 STARTS = ("random", "uniform", "aligned", "permuted")

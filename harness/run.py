@@ -349,13 +349,15 @@ class RunFolder:
         sys.exit(PREEMPTED)
 
     def finish(self, best, program, data):
-        """Print how good the best weights are and how to evaluate them, and leave the folder and the other ranks."""
+        """Print how good the best weights are and, if a `program` can, how to evaluate them; and leave the folder and
+        the other ranks."""
         file = self.path / "best.pt"
         if file.exists():
             best = f"{best} in {file}"
         else:                                            # of a finished run's last.pt, copied without it
             best = file = self.path / "last.pt"
-        print_rank0(f"done    {best}; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}")
+        command = f"; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}" if program else ""
+        print_rank0(f"done    {best}{command}")
         self.unlock()
         shut_down()
 

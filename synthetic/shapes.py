@@ -65,6 +65,9 @@ TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a pe
 }
 
 
+DRAWN = {"shapes": {}, "shapes-cue": dict(cue=True), "shapes-cue-centred": dict(cue=True, centred=True)}  # of Shapes
+
+
 class Shapes(Dataset):
     """Ten shapes, each filled with one of ten textures, over a darker background. An image is a function of (seed,
     split, index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.

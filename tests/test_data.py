@@ -54,7 +54,9 @@ def test_every_class_is_equally_frequent():
 
 def test_centred_shapes_are_the_same_ones_in_the_middle():
     for index in (0, 5, 50, 1005):                                           # circles and squares
-        scattered, centred = (np.asarray(Shapes("conflict", 64, cue=True, centred=flag)[index][0]).max(2) > 90 for flag in (False, True))
+        images = [np.asarray(open_data(data, "val", 64)[index][0]) for data in ("shapes-cue", "shapes-cue-centred")]
+        assert (images[0][0, 0] == images[1][0, 0]).all() and (images[0] != images[1]).any()     # the same background
+        scattered, centred = (image.max(2) > 90 for image in images)
         assert np.argwhere(centred).mean(0) == pytest.approx([31.5, 31.5], abs=1)
         assert centred.sum() == pytest.approx(scattered.sum(), rel=0.1)
     assert np.argwhere(scattered).mean(0) != pytest.approx([31.5, 31.5], abs=3)

@@ -57,13 +57,17 @@ def test_the_ladder_runs_what_is_missing_and_appends_its_rows(photos, tmp_path):
 def test_the_ladder_takes_flags_for_all_its_runs_and_names_them_in_the_rows(photos, tmp_path):
     assert ladder(tmp_path, photos, 1, "--with", "--lr 1e-5 --label-smoothing 0", epochs=1).startswith("2 runs to do")
     assert [row["with"] for row in rows(tmp_path)] == ["--lr 1e-5 --label-smoothing 0"] * 2
-    recipe = json.loads((tmp_path / "runs" / "vit-0" / "config.json").read_text())["recipe"]
+    recipe = json.loads((tmp_path / "runs" / "vit-0-lr-1e-5-label-smoothing-0" / "config.json").read_text())["recipe"]
     assert (recipe["lr"], recipe["label_smoothing"]) == (1e-5, 0)
+    assert ladder(tmp_path, photos, 1, epochs=1).startswith("2 runs to do")      # without them it is another run
+    assert [row.get("with") for row in rows(tmp_path)][2:] == [None, None]
 
 
 def test_flags_for_all_runs_are_checked_before_the_first(photos, capsys):
     assert "unrecognized arguments: --lrr 1" in refused(program, ["--data", photos, "--with", "--lrr 1"], capsys)
     assert "--lr is -1.0" in refused(program, ["--data", photos, "--with", "--lr -1"], capsys)
+    said = "--with sets --epochs, --seed, which the ladder does itself"
+    assert said in refused(program, ["--data", photos, "--with=--epochs 10 --seed 7"], capsys)
 
 
 @pytest.mark.slow
@@ -129,9 +133,14 @@ def test_a_difference_beyond_chance_has_a_star_and_of_repeated_rows_the_last_cou
     monkeypatch.setattr(results, "rows", lambda name: table)
     lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
     assert "|  | 3 | 51.0 ± 0.9 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
-    assert "| `vit` | 4 | " in lines["| `swiglu`"] and "| +5.0 [+4.5, +5.5] * |" in lines["| `swiglu`"]
+    assert "| `vit` | 4 (3) | " in lines["| `swiglu`"] and "| +5.0 [+4.5, +5.5] * |" in lines["| `swiglu`"]
     assert "| +0.0 [-0.2, +0.2] |" in lines["| `rmsnorm`"]
     assert "| -45.0 [-45.2, -44.8] * | 1.500 | 0.1 |  | 0.1 |  |" in lines["| `causal`"]
+
+
+def test_means_side_by_side_are_over_the_seeds_that_all_have():
+    assert report.means({0: 1.0, 1: 3.0, 2: 90.0}, {1: 5.0, 0: 6.0}) == "2.0 / 5.5"
+    assert report.means([1.0, 2.0], [4.0, 5.0, 9.0]) == "1.5 / 6.0"
 
 
 def test_the_ladder_holds_what_the_paper_reports_of_both_sizes():

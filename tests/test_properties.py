@@ -268,6 +268,20 @@ def test_a_landscape_has_the_models_loss_in_its_middle_and_leaves_the_model_as_i
     assert grid[middle][middle] == pytest.approx(result["test_loss"], abs=1e-3)              # of all, fewer than 500
     assert len({value for row in grid for value in row}) > 100
     assert result["leak"] == measured(capsys, finished / "best.pt", "--measure", "leak")["leak"]
+    batched = measured(capsys, finished / "best.pt", "--measure", "landscape", "--batch-size", 4)
+    np.testing.assert_allclose(batched["landscape"], grid, atol=2e-3)
+
+
+def test_a_row_of_a_landscape_is_along_the_second_direction(finished, monkeypatch, capsys):
+    directions = iter((False, True))
+    plain = properties.random_direction
+
+    def first_is_none(model, generator):
+        moves = next(directions)
+        return {name: moves * value for name, value in plain(model, generator).items()}
+    monkeypatch.setattr(properties, "random_direction", first_is_none)
+    grid = np.array(measured(capsys, finished / "best.pt", "--measure", "landscape")["landscape"])
+    assert np.ptp(grid, axis=0).max() < 1e-3 and np.ptp(grid, axis=1).min() > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +299,7 @@ def test_int8_values_are_within_half_a_step_and_use_the_whole_range():
 
 def test_quantised_layers_see_and_hold_256_levels_and_the_rest_stays(tmp_path):
     model = saved(tmp_path / "a.pt")
-    small, size = properties.quantize(model)
+    small, size = properties.quantize_after_training(model)
     entered = {}
     for name, layer in small.named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -317,7 +331,7 @@ def test_int8_accuracy_is_that_of_the_quantised_model(finished, monkeypatch, cap
         model = properties.copy.deepcopy(model)
         model.head.bias.data += torch.tensor([0, 0, 1e6])
         return model, 5_000_000
-    monkeypatch.setattr(properties, "quantize", all_owls)
+    monkeypatch.setattr(properties, "quantize_after_training", all_owls)
     other = measured(capsys, finished / "best.pt", "--measure", "int8")
     assert other["int8_acc1"] == pytest.approx(300 / 11) and other["int8_mb"] == 5 and other["dtype"] == "float32"
     assert other["test_acc1"] == result["test_acc1"]

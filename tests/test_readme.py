@@ -91,7 +91,7 @@ def test_code_fits_the_page():
                 assert max(map(len, block.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("command", re.findall(r"^[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.anytime train)(.*?)(?:#.*)?$",
+@pytest.mark.parametrize("command", re.findall(r"^(?![A-Z]+=)[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.\w+ train)(.*?)(?:#.*)?$",
                                                COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse(shlex.split(command))
@@ -103,10 +103,10 @@ def test_segmentation_commands_have_flags_that_exist(command):
 
 
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+"
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+\b(?! train)"
                           r"|downstream\.select|downstream\.llama|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
-        "ladder", "properties", "compare", "figures", "report", "anytime", "where", "select", "transfer")),
+        "ladder", "properties", "compare", "figures", "report", "anytime", "where", "select", "transfer", "quantize")),
         *(f"benchmarks.{name}" for name in ("bench_model", "bench_data")),
         "downstream.select", "downstream.segment", "downstream.llama"}
     for file, flags in commands:
@@ -114,6 +114,7 @@ def test_other_commands_have_flags_that_exist():
         shares = {"eval.py": "harness/run.py", "experiments.properties": "harness/run.py",
                   "experiments.anytime": "experiments/properties.py",
                   "experiments.select": "experiments/ladder.py",
+                  "experiments.quantize": "experiments/ladder.py",
                   "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""
         for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
@@ -126,10 +127,11 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
     for step in ("vit", "soft_mask"):
         folder = tmp_path / "out" / "ladder-3" / f"{step}-0"
         train.main(["--data", str(photos), "--step", step, "--out", str(folder), *SMALL])
+        shutil.copytree(folder, folder.with_name(f"{step}-0-label-smoothing-0"))
     shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / "cue")
     commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
-    script = "\n".join(commands).replace("{0,1,2}", "0").replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
-    script = script.replace("{soft_mask,soft_log,ps_cls}", "soft_mask")
+    script = re.sub(r"\{\d,\d,\d\}", "0", "\n".join(commands)).replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
+    script = re.sub(r"\{\w+,\w*soft_log[\w,]*\}|\{rmsnorm[\w,]*\}", "soft_mask", script)
     script = script.replace("python -m", f"{sys.executable} -m").replace("shape_bias", f"shape_bias --cue {tmp_path / 'images'}")
     for name in ("cat1-dog1", "dog1-owl1"):
         (tmp_path / "images" / name[:3]).mkdir(parents=True)
@@ -138,7 +140,8 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
                            capture_output=True, text=True, timeout=DEADLINE)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ladder-3", "cue", "collapse.jsonl", "leak.jsonl", "properties.jsonl", "shape-bias.jsonl"}
+        "ladder-3", "cue", "collapse.jsonl", "label-smoothing.jsonl", "landscape.jsonl", "leak.jsonl", "properties.jsonl", "rank.jsonl",
+        "shape-bias.jsonl"}
 
 
 def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():

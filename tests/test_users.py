@@ -346,7 +346,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("module", ["train", "eval", "downstream.segment", "downstream.select", "benchmarks.bench_model", "benchmarks.bench_data",
-                                    *(f"experiments.{name}" for name in ("ladder", "properties", "compare", "select", "transfer", "where"))])
+                                    *(f"experiments.{name}" for name in ("ladder", "properties", "compare", "select", "transfer", "where", "quantize"))])
 def test_programs_work_without_docstrings(module, tmp_path):
     (tmp_path / "program.py").write_text(f"import sys, {module} as program\nprogram.__doc__ = None\nprogram.main(['--help'])")
     code, said, errors = Program(tmp_path / "program.py").wait()
