@@ -300,7 +300,6 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
                 state.alpha = soft_mask_at(state.iteration, recipe, per_epoch)
                 model.set_soft_mask(state.alpha)
             torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
-
             loss_sum = torch.zeros((), device=device)
             for micro in range(accumulate):
                 images, labels = (x.to(device, non_blocking=True) for x in next(batches))
