@@ -44,9 +44,11 @@ def test_bad_flags_are_refused(program, argv, said, capsys):
 @pytest.mark.slow
 def test_the_script_for_a_gpu_runs_in_miniature_on_a_cpu(tmp_path):
     command = ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path, "--small"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE, env=environment(PYTHON=sys.executable))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE, env=environment(PYTHON=sys.executable, LIMIT="600"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"\d\d passed, \d skipped", ended.stdout) and "failed" not in ended.stdout
     assert all(metrics(tmp_path / name)[-1]["epoch"] == 0 for name in ("first", "photos-tiny"))
-    for name, count in (("speed-training", 3), ("speed-inference", 4), ("pilot/rows", 1), ("ladder-1/rows", 1)):
+    for name, count in (("speed-training", 3), ("speed-inference", 4), ("pilot/rows", 1)):
         assert len(rows(tmp_path / f"{name}.jsonl")) == count, name
+    (table,) = tmp_path.glob("ladder-*/rows.jsonl")                          # for as many epochs as fit
+    assert len(rows(table)) == 1
