@@ -312,11 +312,11 @@ def draw_landscape():
 def draw_schedule():
     """Loss and accuracy through the end of a constant soft mask, and without one."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
-    runs = {"soft-mask-constant": "soft mask, constant", "soft-mask-none": "exact mask throughout (`abs_pos`)"}
+    runs = {"soft-mask-constant": "soft mask, constant", "soft-mask-none": "exact mask throughout (abs_pos)"}
     for (name, title), look in zip(runs.items(), LINES):
         found = rows(name)
         epochs = [row["epoch"] + 1 for row in found]
-        left.plot(epochs, [row["train_loss"] for row in found], label=title.replace("`", ""), **look)
+        left.plot(epochs, [row["train_loss"] for row in found], label=title, **look)
         right.plot(epochs, [row["test_acc1"] for row in found], **look)
         if any(row["train_soft_mask_rate"] for row in found):
             end = sum(row["train_soft_mask_rate"] == 1 for row in found) + 0.5

@@ -66,11 +66,11 @@ def seeds_of(name, key, step, **fields):
     return list(by_step(name, key, **fields)[step].values())
 
 
-def ladder(key="test_acc1", epochs=EPOCHS, flags=None):
+def ladder(key="test_acc1", flags=None):
     """{step: {seed: its value}} of the ladder, or of that with other flags."""
     if flags is None:
-        return by_step("ladder", key, epoch=epochs - 1)
-    return by_step("ladder-with", key, epoch=epochs - 1, **{"with": flags})
+        return by_step("ladder", key, epoch=EPOCHS - 1)
+    return by_step("ladder-with", key, epoch=EPOCHS - 1, **{"with": flags})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
