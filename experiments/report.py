@@ -287,7 +287,8 @@ def select_table():
     starts = {
         "random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`",
         "permuted": "`uniform`, then permuted", "random-other": "five classes: random weights",
-        "uniform-other": "five classes: `uniform`, of a model of the other five"}
+        "uniform-other": "five classes: `uniform`, of a model of the other five",
+        "permuted-other": "five classes: that, then permuted"}
     return table("start: top-1, % | epoch 1 | epoch 2 | epoch 3",
                  [[what, *zip(*(row["acc1_by_epoch"] for row in matching("select", start=start)))]
                   for start, what in starts.items() if matching("select", start=start)])

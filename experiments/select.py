@@ -19,11 +19,11 @@ from harness.checkpoint import open_checkpoint
 from harness.flags import report_errors
 
 # Flags of train.py for all, for the larger model, and for the smaller ones
-FLAGS = "--batch-size 64 --lr 1e-3"
+FLAGS = "--batch-size 64 --lr 1e-3 --dtype bfloat16 --compile"
 LARGER = "--size tiny --depth 4"
 SMALLER = "--size nano --depth 3"
 STARTS = ("random", "uniform", "aligned", "permuted")
-OTHERS = ("random", "uniform")                        # with --other-classes
+OTHERS = ("random", "uniform", "permuted")            # with --other-classes
 
 
 def permute(checkpoint, seed):
