@@ -250,6 +250,14 @@ def epochs_table():
                  "| of training loss [95 %]", body, left=0)
 
 
+def rates_table():
+    """SwiGLU at other learning rates."""
+    found = {"5e-4": ladder(flags="--lr 5e-4"), "1e-3": ladder(), "2e-3": ladder(flags="--lr 2e-3")}
+    return table("learning rate | seeds | `vit`: top-1, % | `swiglu`: top-1, % | difference [95 %]", [
+        [rate, str(len(steps["vit"])), steps["vit"], steps["swiglu"], interval(steps["swiglu"], steps["vit"])]
+        for rate, steps in found.items()])
+
+
 def segment_table():
     return table("CamVid, validation, % | from scratch: mIoU | pixel accuracy | from CIFAR-10 weights: mIoU "
                  "| pixel accuracy", [
@@ -371,7 +379,7 @@ PARTS = dict(
     results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, ranks=rank_of_steps_table, uniform=uniform_table, calibration=calibration_table,
     landscape=landscape_table, shape=shape_table, int8=int8_table, quantize=quantize_table,
-    anytime=anytime_table, runs=runs_table, epochs=epochs_table,
+    anytime=anytime_table, runs=runs_table, epochs=epochs_table, rates=rates_table,
     segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
     macs=macs_table, hours=hours_table, long=long_table)
 for path in (ROOT / "results" / "speed").glob("*.jsonl"):

@@ -154,4 +154,4 @@ def read_by(name, key):
 
 def segmented(name, step, pretrained):
     """The rows of downstream.segment or experiments.where, a seed each, from CIFAR-10's weights or without."""
-    return [row for row in matching(name, step=step) if bool(row["init_from"]) == pretrained]
+    return [row for row in rows(name) if step_of(row) == step and bool(row["init_from"]) == pretrained]
