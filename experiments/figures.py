@@ -224,11 +224,11 @@ def draw_where():
               ("window", "rows", "rows of a window, patches from the top"),
               ("window", "columns", "columns of a window, patches from the left"))
     for ax, (what, side, title) in zip(axes.flat, panels):
-        for (step, name), look in zip(SEGMENTED.items(), LINES):
+        for step, look in zip(("rmsnorm", "ps_cls", "soft_mask"), LINES):
             curves = np.array([row[what][f"{side}_miou"] for row in segmented("where", step, True)])   # seeds, places
             places = range(1, curves.shape[1] + 1)
             ax.plot(places, curves.T, **look | dict(marker=""), linewidth=0.8, alpha=0.55)
-            ax.plot(places, curves.mean(0), **look, label=name.replace("`", ""))
+            ax.plot(places, curves.mean(0), **look, label=SEGMENTED[step].replace("`", ""))
         ax.set(ylim=(17, 50), title=title, xticks=places[::2])
     fig.suptitle("CamVid, all models pretrained on CIFAR-10; thick lines: mean of the seeds")
     fig.supylabel("mIoU, %", fontsize=9)

@@ -261,7 +261,7 @@ def rates_table():
 def segment_table():
     return table("CamVid, validation, % | from scratch: mIoU | pixel accuracy | from CIFAR-10 weights: mIoU "
                  "| pixel accuracy", [
-        [title, *([row[key] for row in segmented("segment", step, pretrained)]
+        [title, *([row[key] for row in segmented("segment", step, pretrained)] or "not trained"
                   for pretrained in (False, True) for key in ("test_miou", "test_pixel_acc"))]
         for step, title in SEGMENTED.items()])
 
@@ -275,6 +275,19 @@ def classes_table():
         seeds = [row["test_iou"] for row in segmented("segment", step, True)]
         body.append([title, *(means(ious) for ious in zip(*seeds))])
     return table(f"IoU, %, from CIFAR-10 weights | {CAMVID}", body)
+
+
+def upside_down_table():
+    """What the causal mask costs in images as they are and upside down: in whole images and in their halves."""
+    parts = (("segment", lambda row: row["test_miou"]), ("where", lambda row: fmean(row["image"]["rows_miou"][:4])),
+             ("where", lambda row: fmean(row["image"]["rows_miou"][4:])))
+    body = []
+    for images, suffix in (("as they are", ""), ("upside down", "-upside-down")):
+        pairs = [[{row["seed"]: value(row) for row in segmented(name + suffix, step, True)}
+                  for step in ("rmsnorm", "ps_cls")] for name, value in parts]
+        body.append([images, *pairs[0], *(interval(causal, bidirectional) for bidirectional, causal in pairs)])
+    return table("CamVid, mIoU, % | ViT (`rmsnorm`) | causal (`ps_cls`) | the mask's difference [95 %] "
+                 "| in the upper half | in the lower half", body)
 
 
 def camvid_table():
@@ -380,7 +393,8 @@ PARTS = dict(
     rank=rank_table, ranks=rank_of_steps_table, uniform=uniform_table, calibration=calibration_table,
     landscape=landscape_table, shape=shape_table, int8=int8_table, quantize=quantize_table,
     anytime=anytime_table, runs=runs_table, epochs=epochs_table, rates=rates_table,
-    segment=segment_table, classes=classes_table, camvid=camvid_table, transfer=transfer_table, select=select_table,
+    segment=segment_table, classes=classes_table, flipped=upside_down_table, camvid=camvid_table,
+    transfer=transfer_table, select=select_table,
     macs=macs_table, hours=hours_table, long=long_table)
 for path in (ROOT / "results" / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),

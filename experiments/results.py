@@ -5,7 +5,7 @@ landscape.jsonl, label-smoothing.jsonl, collapse.jsonl, shape-bias.jsonl and lea
 experiments/properties.py on its runs, anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and
 segment.jsonl have the last row of metrics.jsonl of each run of train.py and downstream/segment.py,
 camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and
-quantize.jsonl rows of the programs of these names. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was
+quantize.jsonl rows of the programs of these names. NAME-upside-down.jsonl are those of images upside down. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was
 left; demo.jsonl the two runs of the README's quick start; speed/ has rows of the programs in benchmarks/.
 published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best epoch of
 each of the authors' logs whose weights are published.
@@ -142,7 +142,8 @@ READ = {  # name of the runs, less their seed: how they were trained
     "causal-3": "causal, whole images, 3 epochs", "prefixes-3": "causal, prefixes, 3 epochs",
     "bidirectional-3": "bidirectional, prefixes, 3 epochs", "prefixes-10": "causal, prefixes, 10 epochs"}
 MODELS = {"vit": "ViT", "soft_mask": "iLLaMA"}
-SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)"}
+SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)",
+             "rope_alone": "ViT with RoPE (`rmsnorm --rope --no-abs-pos`)"}
 STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
 TRANSFERRED = {step: SEGMENTED[step] for step in COMPARED}
 
