@@ -168,6 +168,7 @@ def main(argv=None):
     device = one_process(args.device)
 
     torch._dynamo.config.recompile_limit = 100             # all models share one forward's code, and stay compiled
+    torch._dynamo.config.automatic_dynamic_shapes = False  # for the shape that each is timed on, whatever came before
     torch.manual_seed(0)
     n = 8192 if device.type == "cuda" else 2048            # large enough for all of its throughput
     names = ("model", "size", "dtype", "compiled", "img_size", "batch_size")

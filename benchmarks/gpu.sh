@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
 # The program's main job on a GPU: tested, timed and run.
 #
-#   bash benchmarks/gpu.sh OUT                        # all parts, about 12 minutes on one H100
-#   bash benchmarks/gpu.sh OUT tests speed            # some of them: tests, speed, train, ladder
+#   bash benchmarks/gpu.sh OUT                        # all parts, about 15 minutes on one H100
+#   bash benchmarks/gpu.sh OUT tests speed            # some of them: tests, compile, speed, train, ladder
 #   bash benchmarks/gpu.sh OUT --small                # a dry run on a CPU, 3 minutes of 2 cores
 #
 # Nothing is downloaded. CIFAR-10 is the folder $CIFAR10, by default datasets/cifar10/, with train/ and val/ of class
 # folders; where there is none, datasets/cifar10.tar.gz is unpacked. Photos are those of the folder $PHOTOS, laid out in
 # the same way; without it some are drawn. Every part is ended after $LIMIT seconds (230), and what it has measured by
 # then is in OUT, a row at a time. The ladder runs $JOBS (4) at once for $EPOCHS, or for as many as a pilot says will fit;
-# it saves itself, and with the same $EPOCHS goes on where it was in the next call.
+# it saves itself, and with the same $EPOCHS goes on where it was in the next call. $STEPS are the steps that it trains,
+# with one seed, if not all that there is time for.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 small="" parts=() out=""
 for word in "$@"; do
     case $word in
         --small) small=yes ;;
-        tests|speed|train|ladder) parts+=("$word") ;;
+        tests|compile|speed|train|ladder) parts+=("$word") ;;
         *) out=${out:-$word} ;;
     esac
 done
 [ -n "$out" ] || { echo "error: give the folder for the rows: bash benchmarks/gpu.sh OUT" >&2; exit 2; }
-[ ${#parts[@]} -gt 0 ] || parts=(tests speed train ladder)
+[ ${#parts[@]} -gt 0 ] || parts=(tests compile speed train ladder)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 limit=${LIMIT:-230}
@@ -41,7 +42,7 @@ run() {    # a command, ended after what is left of its part's time; what it say
 
 tests() {
     local cut=0                                     # tests that are cut short have failed
-    GPU_TESTS_ON=$device run "$python" -m pytest -m gpu -q -rs -p no:cacheprovider --durations=10
+    GPU_TESTS_ON=$device run "$python" -m pytest tests/test_gpu.py -m gpu -q -rs -p no:cacheprovider --durations=10
 }
 
 model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jsonl
@@ -50,21 +51,42 @@ model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jso
     run "$python" -m benchmarks.bench_model --device $device --out "$out/speed-$name.jsonl" "$@"
 }
 
+compiled() {    # a size, a batch size, models and image sizes that are compiled for it, as flags
+    echo "--sizes $1 --batch-sizes $2 --dtypes bfloat16 --compile 1 --img-sizes $4 --models $3"
+}
+# name, size, batch size, models and image sizes
+trained=("tiny tiny 256 timm,none,causal,soft,soft_log 224" "base base 128 timm,causal,soft 224" "small small 256 timm,soft 224"
+         "tokens tiny 16 none,causal 512,1024")
+
+compile() {    # each model in a process of its own, all at once, into torch's cache on disk; then `speed` has them at once
+    [ -z "$small" ] || return
+    local name size batch models img_sizes
+    for line in "${trained[@]}"; do
+        read -r name size batch models img_sizes <<< "$line"
+        for one in ${models//,/ }; do
+            for img_size in ${img_sizes//,/ }; do
+                run "$python" -m benchmarks.bench_model --device $device $(compiled $size $batch $one $img_size) --repeats 1 &
+            done
+        done
+    done
+    wait
+}
+
 speed() {    # the most important first
     if [ -n "$small" ]; then
         model training --models none causal soft --dtypes float32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
         model inference --models none causal --inference --dtypes float32 tf32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
         return
     fi
-    model training-base --sizes base --batch-sizes 128 --models timm torchvision none causal soft soft_log --dtypes bfloat16 --compile 1
-    model training-tiny --sizes tiny --batch-sizes 256 --models timm none causal soft soft_log --dtypes bfloat16
+    local name size batch models img_sizes
+    for line in "${trained[@]}"; do
+        read -r name size batch models img_sizes <<< "$line"
+        model training-$name $(compiled $size $batch "${models//,/ }" "${img_sizes//,/ }")
+    done
     # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
-    model inference-tiny --inference --sizes tiny --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
-    model inference-small --inference --sizes small --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
-    model inference-base --inference --sizes base --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 float32 --compile 0
-    model tokens --models none causal --dtypes bfloat16 --compile 1 --img-sizes 224 512 1024 --batch-sizes 16
-    model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0
-    model training-small --sizes small --batch-sizes 256 --models timm none causal soft soft_log --dtypes bfloat16 --compile 1
+    model inference --inference --sizes tiny small base --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 tf32 \
+        --compile 0 --repeats 5
+    model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0 --repeats 5
 }
 
 photos() {    # the folder of photos, made if there is none
@@ -94,25 +116,27 @@ train() {
 }
 
 ladder() {
-    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long least=6 epochs
+    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long epochs
     local groups=("rmsnorm ps_cls soft_mask vit" "swiglu rope abs_pos soft_log modified rope_alone") seeds="1 3"
     if [ -n "$small" ]; then
         photos 1000
-        data=$PHOTOS jobs=1 long="" least=1 groups=(rmsnorm) seeds=1
+        data=$PHOTOS jobs=1 long="" groups=(rmsnorm) seeds=1
+        local EPOCHS=1
     elif [ ! -d "$data/train" ] && [ -f datasets/cifar10.tar.gz ]; then
         mkdir -p "$data" && tar xzf datasets/cifar10.tar.gz -C "$data" --strip-components=1
     fi
     local program=("$python" -m experiments.ladder $long --data "$data" --device $device --jobs "$jobs")
-    # A pilot: how many images a second do so many runs take together, once they are compiled?
+    [ -z "${STEPS:-}" ] || groups=("$STEPS") seeds=1
+    # A pilot: how long does an epoch of so many runs at once take, its evaluation included, once they are compiled?
     run "${program[@]}" --epochs 3 --seeds 1 --steps ${groups[0]} --out "$out/pilot"
     [ -s "$out/pilot/rows.jsonl" ] || { echo "the pilot left no rows"; failed=1; return; }
-    epochs=${EPOCHS:-$("$python" - "$out/pilot/rows.jsonl" $((began + limit - SECONDS)) $least <<'END'
+    epochs=${EPOCHS:-$("$python" - "$out/pilot" $((began + limit - SECONDS - 40)) <<'END'    # 40 seconds to start
 import json
 import sys
-rows = [json.loads(line) for line in open(sys.argv[1])]
-rate = sum(row["time_images_per_s"] for row in rows)
-epochs = int(0.8 * int(sys.argv[2]) * rate / (len(rows) * 50_000))     # 0.8: start, compilation and evaluation
-print(max(int(sys.argv[3]), min(100, epochs)))
+from pathlib import Path
+times = [[json.loads(line)["time_s"] for line in file.read_text().splitlines()] for file in Path(sys.argv[1]).glob("*/metrics.jsonl")]
+slowest = max((run[-1] - run[0]) / (len(run) - 1) for run in times)
+print(max(6, min(100, int(0.8 * int(sys.argv[2]) / slowest))))         # 0.8: the pilot's runs were not all at once
 END
 )}
     for count in $seeds; do

@@ -8,7 +8,7 @@
 
 A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
 stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare. Rows of
---with name its flags as `with`; results/ladder-with.jsonl holds those that the pages show.
+--with name its flags as `with`; results/ladder-with.jsonl holds those that the pages show, ladder-long.jsonl of --long.
 """
 import json
 import os

@@ -317,11 +317,13 @@ def select_table():
 
 def long_table():
     """The ladder at length, which needs a GPU: experiments.ladder --long."""
-    found = by_step("ladder-long")
-    first = rows("ladder-long")[0]
-    return table(f"CIFAR-10, size T, {first['epoch'] + 1} epochs, {first['time_device']} | seeds | top-1, %", [
-        [f"`{title_of(step)}`", str(len(found[step])), means(found[step].values())]
-        for step in VARIANTS if step in found])
+    found = rows("ladder-long")
+    first = found[0]
+    epochs = range(4, len(first["acc1_by_epoch"]), 5)
+    return table(f"CIFAR-10, size T, {first['epochs']} epochs, {first['time_device']}: top-1, % after epoch | "
+                 + " | ".join(str(epoch + 1) for epoch in epochs), [
+        [f"`{title_of(row['step'])}`, seed {row['seed']}", *(f"{row['acc1_by_epoch'][epoch]:.1f}" for epoch in epochs)]
+        for row in found])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,15 +334,19 @@ IMAGES = {"in1k": 1_281_167, "in21k": 11_060_223}        # to train, in an epoch
 
 
 def hours_table():
-    """How long the published recipes take, by what they train on."""
+    """How long the published recipes take, by what they train on; and on one GPU, where bench_model has timed it."""
+    measured = {(row["size"], row["img_size"]): row for name in ("tiny", "small", "base")
+                for row in rows(f"speed/gpu-{name}") if row["model"] == "soft"}
     body = []
     published = [name for name in RECIPES if name.partition("-")[0] in SIZES and name != "small-data"]
     for name in published:
         recipe = RECIPES[name]
         images = recipe.epochs * IMAGES["in21k" if name.endswith("in21k") else "in1k"]
+        row = measured.get((name.partition("-")[0], recipe.img_size))
         body.append([f"`{name}`", str(recipe.img_size), str(recipe.epochs), f"{images / 1e6:,.0f} million",
-                     f"{images / 1000 / 3600:,.0f}"])
-    return table("recipe | pixels | epochs | images | hours at 1,000 images/s", body)
+                     f"{images / 1000 / 3600:,.0f}", f"{images / row['images_per_s'] / 3600:,.0f}" if row else ""])
+    device = next(iter(measured.values()))["device"]
+    return table(f"recipe | pixels | epochs | images | hours at 1,000 images/s | on one {device}", body)
 
 
 MEASURED = dict(  # what sets two measurements of bench_model.py apart, in words
@@ -405,7 +411,7 @@ PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md
 
 def part(name):
     """What stands between two marks."""
-    rows_of = dict(long="ladder-long", quantize="quantize").get(name)
+    rows_of = dict(quantize="quantize").get(name)
     if rows_of and not (ROOT / "results" / f"{rows_of}.jsonl").exists():
         return "Not run yet."
     return PARTS[name]()
