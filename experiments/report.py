@@ -301,7 +301,8 @@ def transfer_table():
     images = " | ".join(f"{250 * part:,}" for part in PERCENT)                                 # of 25,000
     return table(f"top-1, %, by labelled images | {images}", [
         [f"{title}, {what}", *(seeds_of("transfer", "test_acc1", step, start=start, percent=part) for part in PERCENT)]
-        for step, title in TRANSFERRED.items() for start, what in STARTS.items()])
+        for step, title in TRANSFERRED.items() for start, what in STARTS.items()
+        if matching("transfer", step=step, start=start)])
 
 
 def select_table():

@@ -145,7 +145,8 @@ READ = {  # name of the runs, less their seed: how they were trained
 MODELS = {"vit": "ViT", "soft_mask": "iLLaMA"}
 SEGMENTED = {"rmsnorm": "ViT (`rmsnorm`)", "ps_cls": "causal (`ps_cls`)", "soft_mask": "iLLaMA (`soft_mask`)",
              "rope_alone": "ViT with RoPE (`rmsnorm --rope --no-abs-pos`)"}
-STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "probe": "linear probe"}
+STARTS = {"scratch": "from scratch", "fine-tuning": "fine-tuned", "fine-tuning-0": "fine-tuned without soft mask",
+          "probe": "linear probe"}
 TRANSFERRED = {step: SEGMENTED[step] for step in COMPARED}
 
 

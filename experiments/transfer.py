@@ -75,6 +75,8 @@ def runs(args):
                            row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
             weights = ["--init-from", args.out / name / "last.pt"]
             starts = {"scratch": [], "fine-tuning": weights, "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
+            if alpha_0:
+                starts["fine-tuning-0"] = [*weights, *alpha_0]
             for percent in PERCENT:
                 for start, more in starts.items():
                     rest[f"{start}-{percent}-{step}-{seed}"] = (
