@@ -1,7 +1,7 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
-ladder.jsonl has rows of experiments/ladder.py, ladder-with.jsonl those with other flags, ladder-long.jsonl those of runs
-of `epochs` epochs that were stopped after epoch `epoch`; properties.jsonl, rank.jsonl, landscape.jsonl,
+ladder.jsonl has rows of experiments/ladder.py, ladder-with.jsonl those with other flags, ladder-long.jsonl those of
+runs of `epochs` epochs that were stopped after epoch `epoch`; properties.jsonl, rank.jsonl, landscape.jsonl,
 label-smoothing.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those of experiments/properties.py on its runs,
 anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of
 metrics.jsonl of each run of train.py and downstream/segment.py,
