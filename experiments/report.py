@@ -190,10 +190,10 @@ def landscape_table():
     return table("model | loss of the trained weights | more at a distance up to 0.5 | from 0.5 to 1", body)
 
 
-def shape_table():
-    body, conflicts = [], rows("shape-bias")[0]["conflicts"]
-    for step in sorted(by_step("shape-bias"), key=list(VARIANTS).index):
-        accuracy, bias, decided = (seeds_of("shape-bias", key, step) for key in ("test_acc1", "shape_bias", "decided"))
+def shape_table(name):
+    body, conflicts = [], rows(name)[0]["conflicts"]
+    for step in sorted(by_step(name), key=list(VARIANTS).index):
+        accuracy, bias, decided = (seeds_of(name, key, step) for key in ("test_acc1", "shape_bias", "decided"))
         neither = [conflicts - count for count in decided]
         body.append([f"`{title_of(step)}`", accuracy, percent(bias), percent(neither, conflicts)])
     return table("step | cues agree: top-1, % | cues conflict: shape bias, % | neither cue, %", body)
@@ -301,7 +301,7 @@ def camvid_table():
 def transfer_table():
     images = " | ".join(f"{250 * part:,}" for part in PERCENT)                                 # of 25,000
     return table(f"top-1, %, by labelled images | {images}", [
-        [f"{title}, {what}", *(seeds_of("transfer", "test_acc1", step, start=start, percent=part) for part in PERCENT)]
+        [f"{title}, {what}", *(by_step("transfer", start=start, percent=part).get(step, "") for part in PERCENT)]
         for step, title in TRANSFERRED.items() for start, what in STARTS.items()
         if matching("transfer", step=step, start=start)])
 
@@ -399,7 +399,8 @@ def macs_table():
 PARTS = dict(
     results=results_table, paper=paper_table, published=published_table, collapse=collapse_table,
     rank=rank_table, ranks=rank_of_steps_table, uniform=uniform_table, calibration=calibration_table,
-    landscape=landscape_table, shape=shape_table, int8=int8_table, quantize=quantize_table,
+    landscape=landscape_table, shape=partial(shape_table, "shape-bias"),
+    centred=partial(shape_table, "shape-bias-centred"), int8=int8_table, quantize=quantize_table,
     anytime=anytime_table, runs=runs_table, epochs=epochs_table, rates=rates_table,
     segment=segment_table, classes=classes_table, flipped=upside_down_table, camvid=camvid_table,
     transfer=transfer_table, select=select_table,

@@ -2,7 +2,7 @@
 
 ladder.jsonl has rows of experiments/ladder.py, ladder-with.jsonl those with other flags, ladder-long.jsonl those of
 runs of `epochs` epochs that were stopped after epoch `epoch`; properties.jsonl, rank.jsonl, landscape.jsonl,
-label-smoothing.jsonl, collapse.jsonl, shape-bias.jsonl and leak.jsonl those of experiments/properties.py on its runs,
+label-smoothing.jsonl, collapse.jsonl, shape-bias*.jsonl and leak.jsonl those of experiments/properties.py on its runs,
 anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of
 metrics.jsonl of each run of train.py and downstream/segment.py,
 camvid-multi-scale.jsonl what the latter's `eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and

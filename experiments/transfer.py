@@ -75,10 +75,10 @@ def runs(args):
                            row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
             weights = ["--init-from", args.out / name / "last.pt"]
             starts = {"scratch": [], "fine-tuning": weights, "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
-            if alpha_0:
+            if alpha_0:                                                   # on all images, as in the paper's Table 9
                 starts["fine-tuning-0"] = [*weights, *alpha_0]
-            for percent in PERCENT:
-                for start, more in starts.items():
+            for start, more in starts.items():
+                for percent in PERCENT[-1:] if start == "fine-tuning-0" else PERCENT:
                     rest[f"{start}-{percent}-{step}-{seed}"] = (
                         [*flags, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
                         row | dict(start=start, percent=percent, epoch=args.epochs - 1))
