@@ -87,7 +87,8 @@ def paper_table():
     ece = [seeds_of("properties", "ece", step) for step in MODELS]
     shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
     rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
-    cifar10 = [seeds_of("transfer", "test_acc1", step, start="fine-tuning", percent=100) for step in TRANSFERRED]
+    tuned = ("rmsnorm", "fine-tuning"), ("soft_mask", "fine-tuning-0"), ("soft_mask", "fine-tuning")
+    cifar10 = [seeds_of("transfer", "test_acc1", step, start=start, percent=100) for step, start in tuned]
     miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
     starts = [seeds_of("select", "test_acc1", "soft_mask", start=start) for start in ("uniform", "random")]
     masks, schedules = ["no soft mask", "soft mask"], ["no soft mask", "linear 50", "constant 50"]
@@ -104,7 +105,7 @@ def paper_table():
          ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], bits, 1),
         ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece", others, ece, 4),
         ("Table 8", "shape decisions, %, of the same models", "shape", others, shape, 1),
-        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here ViT / iLLaMA, five classes",
+        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here five classes",
          "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], cifar10, 1),
         ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"],
          miou, 1),
