@@ -128,7 +128,8 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
         folder = tmp_path / "out" / "ladder-3" / f"{step}-0"
         train.main(["--data", str(photos), "--step", step, "--out", str(folder), *SMALL])
         shutil.copytree(folder, folder.with_name(f"{step}-0-label-smoothing-0"))
-    shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / "cue")
+    for name in ("cue", "centred"):
+        shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / name)
     commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
     script = re.sub(r"\{\d,\d,\d\}", "0", "\n".join(commands)).replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
     script = re.sub(r"\{\w+,\w*soft_log[\w,]*\}|\{rmsnorm[\w,]*\}", "soft_mask", script)
