@@ -141,8 +141,8 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
                            capture_output=True, text=True, timeout=DEADLINE)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ladder-3", "cue", "collapse.jsonl", "label-smoothing.jsonl", "landscape.jsonl", "leak.jsonl", "properties.jsonl", "rank.jsonl",
-        "shape-bias.jsonl"}
+        "ladder-3", "cue", "centred", "collapse.jsonl", "label-smoothing.jsonl", "landscape.jsonl", "leak.jsonl", "properties.jsonl",
+        "rank.jsonl", "shape-bias.jsonl", "shape-bias-centred.jsonl"}
 
 
 def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():
