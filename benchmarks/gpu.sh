@@ -117,29 +117,31 @@ train() {
 }
 
 ladder() {
-    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long epochs
+    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long epochs=${EPOCHS:-} least=6 most=100
     local groups=("rmsnorm ps_cls soft_mask vit" "swiglu rope abs_pos soft_log modified rope_alone") seeds="1 3"
     if [ -n "$small" ]; then
         photos 1000
-        data=$PHOTOS jobs=1 long="" groups=(rmsnorm) seeds=1
-        local EPOCHS=1
+        data=$PHOTOS jobs=1 long="" groups=(rmsnorm) seeds=1 least=1 most=1
     elif [ ! -d "$data/train" ] && [ -f datasets/cifar10.tar.gz ]; then
         mkdir -p "$data" && tar xzf datasets/cifar10.tar.gz -C "$data" --strip-components=1
     fi
     local program=("$python" -m experiments.ladder $long --data "$data" --device $device --jobs "$jobs")
     [ -z "${STEPS:-}" ] || groups=("$STEPS") seeds=1
-    # A pilot: how long does an epoch of so many runs at once take, its evaluation included, once they are compiled?
-    run "${program[@]}" --epochs 3 --seeds 1 --steps ${groups[0]} --out "$out/pilot"
-    [ -s "$out/pilot/rows.jsonl" ] || { echo "the pilot left no rows"; failed=1; return; }
-    epochs=${EPOCHS:-$("$python" - "$out/pilot" $((began + limit - SECONDS - 40)) <<'END'    # 40 seconds to start
+    if [ -z "$epochs" ]; then
+        # A pilot: how long does an epoch of so many runs at once take, its evaluation included, once they are compiled?
+        run "${program[@]}" --epochs 3 --seeds 1 --steps ${groups[0]} --out "$out/pilot"
+        [ -s "$out/pilot/rows.jsonl" ] || { echo "the pilot left no rows"; failed=1; return; }
+        epochs=$("$python" - "$out/pilot" $((began + limit - SECONDS - 40)) $least $most <<'END'    # 40 seconds to start
 import json
 import sys
 from pathlib import Path
-times = [[json.loads(line)["time_s"] for line in file.read_text().splitlines()] for file in Path(sys.argv[1]).glob("*/metrics.jsonl")]
+folder, seconds, least, most = Path(sys.argv[1]), *map(int, sys.argv[2:])
+times = [[json.loads(line)["time_s"] for line in file.read_text().splitlines()] for file in folder.glob("*/metrics.jsonl")]
 slowest = max((run[-1] - run[0]) / (len(run) - 1) for run in times)
-print(max(6, min(100, int(0.8 * int(sys.argv[2]) / slowest))))         # 0.8: the pilot's runs were not all at once
+print(max(least, min(most, int(0.8 * seconds / slowest))))             # 0.8: the pilot's runs were not all at once
 END
-)}
+)
+    fi
     for count in $seeds; do
         for steps in "${groups[@]}"; do
             run "${program[@]}" --epochs "$epochs" --seeds "$count" --steps $steps --out "$out/ladder-$epochs"
