@@ -159,7 +159,7 @@ def parser_of_runs(program, description, out=None):
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of each run")
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
     parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their rows"
-                        + ("" if out else "; default: out/ladder-EPOCHS, out/ladder-long-EPOCHS"))
+                        + ("" if out else "; default: one in out/, named by the other flags"))
     return parser
 
 

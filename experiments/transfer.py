@@ -1,10 +1,12 @@
 """What is pretraining on some classes worth for others, by how many labelled images there are of these?
 
     python -m experiments.transfer --data cifar10      # all runs; stopped and started again, it continues
+    python -m experiments.transfer --data cifar10 --long --pretrain-epochs 30 --epochs 24 --device cuda --jobs 6
     python -m experiments.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
 
 The first half of a data set's classes is for pretraining; on parts of the other half a model is trained from scratch,
 fine-tuned, and probed linearly. eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
+With --long it is size T, for a GPU, on all images of the other half, without the probe.
 """
 import random
 import re
@@ -16,7 +18,7 @@ from torchvision.datasets import CIFAR10
 
 import train
 from data import labels_of, open_data
-from experiments.ladder import parse_runs, parser_of_runs, train_all
+from experiments.ladder import LONG, long_flags, parse_runs, parser_of_runs, train_all
 from harness.files import ImageFolder
 from harness.flags import report_errors, require
 from harness.processes import stop_on_signals
@@ -62,25 +64,39 @@ def open_part(name, split, img_size, classes=None):
     return Part(source, list(source.classes[half:]), int(part[3]) if split == "train" else 100, int(part[4]))
 
 
+def flags_of(args, step):
+    """(pretraining, transfer): the flags of train.py that its runs share."""
+    if not args.long:
+        return FLAGS.split(), FLAGS.split()
+    # The paper's protocol for CIFAR-10 (Table 16) with a tenth of its epochs or less: 50 of 300 to warm up, a linear
+    # soft mask over 25, no drop path, and its learning rate for batches of 1,024 halved for 512.
+    tuning = f"{LONG} --drop-path 0 --warmup-epochs {args.epochs // 6}"
+    if COMPARED[step]:
+        tuning += f" --soft-mask-epochs {args.epochs // 12}"
+    return long_flags(step, args.pretrain_epochs), tuning.split()
+
+
 def runs(args):
     """(pretraining, transfer): {name: (command, fields of the row)} as train_all() takes them."""
-    command = ["-m", "experiments.transfer", "train", *FLAGS.split()]
     first, rest = {}, {}
     for seed in range(args.seeds):
         for step, alpha_0 in COMPARED.items():
-            flags = [*command, "--step", step, "--seed", str(seed)]
+            pretraining, tuning = (["-m", "experiments.transfer", "train", *flags, "--step", step, "--seed", str(seed)]
+                                   for flags in flags_of(args, step))
             row = dict(data=args.data, step=step, seed=seed)
             name = f"first-{step}-{seed}"
-            first[name] = ([*flags, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
+            first[name] = ([*pretraining, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
                            row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
             weights = ["--init-from", args.out / name / "last.pt"]
-            starts = {"scratch": [], "fine-tuning": weights, "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
+            starts = {"fine-tuning": weights, "scratch": [], "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
+            if args.long:
+                del starts["probe"]
             if alpha_0:                                                   # on all images, as in the paper's Table 9
                 starts["fine-tuning-0"] = [*weights, *alpha_0]
             for start, more in starts.items():
-                for percent in PERCENT[-1:] if start == "fine-tuning-0" else PERCENT:
+                for percent in PERCENT[-1:] if args.long or start == "fine-tuning-0" else PERCENT:
                     rest[f"{start}-{percent}-{step}-{seed}"] = (
-                        [*flags, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
+                        [*tuning, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
                         row | dict(start=start, percent=percent, epoch=args.epochs - 1))
     return first, rest
 
@@ -91,9 +107,13 @@ def main(argv=None):
     if argv[:1] == ["train"]:
         stop_on_signals()
         return train.main(argv[1:], open_data=open_part)
-    parser = parser_of_runs("transfer", __doc__, Path("out", "transfer"))
+    parser = parser_of_runs("transfer", __doc__)
     parser.add_argument("--pretrain-epochs", type=int, default=5)
+    parser.add_argument("--long", action="store_true", help="size T, for a GPU: on all images, not probed")
     args = parse_runs(parser, argv)
+    require(not args.long or args.epochs >= 12, f"--epochs {args.epochs} with --long leaves no epoch to the soft mask, "
+            "which has a twelfth of them: give at least 12")
+    args.out = args.out or Path("out", "transfer-long" if args.long else "transfer")
     part = open_part(f"{args.data}:first", "train", 32)
     require(len(part.classes) > 1, f"--data {args.data} has fewer than four classes: use data with two for each half")
     first, rest = runs(args)

@@ -1,9 +1,13 @@
 """Transfer to other classes: one property a test."""
 import json
+from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import train
 from conftest import SMALL, load, refused
 from data import open_data
 from experiments import transfer
@@ -50,10 +54,29 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
         assert after["classes"] == ["cat", "dog"] and after["alpha"] == 0
 
 
+def test_the_long_runs_are_tuned_by_the_papers_protocol_with_fewer_epochs():
+    args = Namespace(data="cifar10", long=True, epochs=60, pretrain_epochs=30, seeds=1, out=Path("out"))
+    _, rest = transfer.runs(args)
+    starts = []
+    for command, row in rest.values():
+        run, recipe, cfg = train.resolve(train.parse(list(map(str, command[3:]))), None)
+        published = replace(train.RECIPES["transfer"], soft_mask_epochs=0 if row["start"] == "fine-tuning-0" else 25)
+        for name in ("warmup_epochs", "soft_mask_epochs") if row["step"] == "soft_mask" else ("warmup_epochs",):
+            assert getattr(recipe, name) / recipe.epochs == getattr(published, name) / published.epochs
+        assert recipe.lr / recipe.batch_size == published.lr / published.batch_size
+        for name in ("drop_path", "mixup", "cutmix", "erasing", "label_smoothing", "weight_decay", "soft_mask_schedule"):
+            assert getattr(recipe, name) == getattr(published, name)
+        assert (run.size, run.data, bool(run.init_from)) == ("tiny", "cifar10:rest-100-0", row["start"] != "scratch")
+        starts.append((row["step"], row["start"]))
+    assert starts == [("rmsnorm", "fine-tuning"), ("rmsnorm", "scratch"), ("soft_mask", "fine-tuning"),
+                      ("soft_mask", "scratch"), ("soft_mask", "fine-tuning-0")]
+
+
 def test_bad_input_is_refused(photos, capsys):
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
     for flag in ("--seeds", "--epochs", "--pretrain-epochs", "--jobs"):
         assert "must be at least 1" in refused(transfer, [flag, 0], capsys)
+    assert "leaves no epoch to the soft mask" in refused(transfer, ["--long", "--data", photos, "--epochs", 11], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["--data", "shapes"], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["train", *SMALL, "--data", "shapes:first"], capsys)
     flags = ["train", *SMALL, "--data", f"{photos}:half"]
