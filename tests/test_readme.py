@@ -91,7 +91,7 @@ def test_code_fits_the_page():
                 assert max(map(len, block.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("command", re.findall(r"^(?![A-Z]+=)[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.\w+ train)(.*?)(?:#.*)?$",
+@pytest.mark.parametrize("command", re.findall(r"^(?![A-Z]+=)[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.\w+ (?:train|control))(.*?)(?:#.*)?$",
                                                COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse(shlex.split(command))
@@ -103,7 +103,7 @@ def test_segmentation_commands_have_flags_that_exist(command):
 
 
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+\b(?! train)"
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+\b(?! train| control)"
                           r"|downstream\.select|downstream\.llama|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
         "ladder", "properties", "compare", "figures", "report", "anytime", "where", "select", "transfer", "quantize")),
