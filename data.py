@@ -71,11 +71,6 @@ def download(dataset, **split):
                          "give --data a folder with train/ and val/ class folders") from error
 
 
-def labels_of(source):
-    """The labels of all images of an ImageFolder or one of torchvision's CIFARs, without reading them."""
-    return source.labels if hasattr(source, "labels") else source.targets
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms: PIL image in, PIL image of size x size out; `rng` is their only source of randomness
 
@@ -235,7 +230,7 @@ def mix(images, labels, classes, rng, mixup, cutmix):
 
 
 class Images(Dataset):
-    """A data set with a transform whose randomness is a function of (seed, epoch, index).
+    """images[epoch, index] -> (uint8 (3, H, W), label, read error). What is drawn follows from (seed, epoch, index).
 
     The read error is "", or the sentence about an image that cannot be read: then image and label are the next one's.
     """

@@ -16,14 +16,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import MEAN, STD, Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint, set_alpha
 from harness.export import draw_attention, export
 from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
-from harness.processes import DTYPES, all_gather, is_rank_0, on_rank_0, once_per_node, setup, shut_down, stop_requests
+from harness.processes import (DTYPES, all_gather, on_rank_0, once_per_node, print_rank0, progress, setup, shut_down,
+                               stop_requests)
 from harness.run import add_eval_flags
 
 
@@ -32,7 +32,7 @@ def predict(model, batches, device, dtype=torch.float32):
     """Logits (B, classes) in float32 and labels (B,) of each batch, until the program is asked to stop. InputError if
     an image cannot be read. Leaves the model in eval mode."""
     model.eval()
-    for images, labels, errors in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
+    for images, labels, errors in progress(batches, "evaluate"):
         if stop_requests:
             return
         check_readable(errors)
@@ -90,7 +90,7 @@ def open_model(source, device, alpha=None):
 
 def open_val(source, checkpoint, model, data=None):
     """The validation split of `data`, by default of what the model was trained on. InputError if it does not fit."""
-    data = data or checkpoint["run"].get("data")
+    data = data or checkpoint["run"]["data"]
     require(data, f"{source} does not say what it was trained on: give --data")
     classes = checkpoint["classes"] or imagenet_classes(data)
     val = once_per_node(open_data, data, "val", model.cfg.img_size, classes)
@@ -113,6 +113,8 @@ def main(argv=None):
     check_bounds(vars(args))
     require(not (args.image and args.data), "--image classifies one image alone: drop it, or --data")
     require(args.image or not args.attention, "--attention is of one image: add --image")
+    require(not args.export or not (args.image or args.data or args.json), "--export writes the model and evaluates "
+            "nothing: drop it, or --image, --data and --json")
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_model(args.checkpoint, device, args.soft_mask)
     if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
@@ -126,13 +128,12 @@ def main(argv=None):
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
                 f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
         classes = classes or IMAGENET
-        image = Images([(read_image(args.image, upright=True), 0)], transform)
-        [(logits, _)] = predict(model, loader(image, eval_batches(1, 1), 0, device), device, dtype)
+        pixels, label, error = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
+        [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]), [error])], device, dtype)
         result = most_likely(logits[0], classes)
         lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
         if args.attention:
-            pixels, _, _ = image[0, 0]
-            draw_attention(model, pixels, normalize(pixels[None].to(device)), args.attention)
+            on_rank_0(draw_attention, model, pixels, normalize(pixels[None].to(device)), args.attention)
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)
@@ -141,8 +142,7 @@ def main(argv=None):
         mask = "mask {mask}" if result["alpha"] is None else "mask {mask} alpha {alpha:g}"
         lines = ("top-1 {test_acc1:.3f} %  top-5 {test_acc5:.3f} %  loss {test_loss:.4f}  {images:,} images at "
                  "{img_size} x {img_size}, " + mask + ", {dtype}, {time_images_per_s:,.0f} images/s").format(**result)
-    if is_rank_0():
-        print(json.dumps(result) if args.json else lines)
+    print_rank0(json.dumps(result) if args.json else lines)
     shut_down()
 
 

@@ -162,7 +162,7 @@ class Mask(NamedTuple):
     attn_scale: torch.Tensor | None = None
 
     def of_class_token(self, cls_last):
-        """Its row. Of is_causal a single query gets key 0 alone: right for the first token; the last attends to all."""
+        """The class token's row. Where is_causal, it attends to itself alone if it comes first, and to all if last."""
         row = slice(-1, None) if cls_last else slice(0, 1)
         attn_bias = None if self.attn_bias is None else self.attn_bias[row]
         attn_scale = None if self.attn_scale is None else self.attn_scale[row]

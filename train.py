@@ -13,7 +13,7 @@ Runs are deterministic, on GPUs with --deterministic. Workers and resuming do no
 changes rounding and augmentation draws. A signal that asks it to stop makes a run save itself and end with code 75.
 """
 if __name__ == "__main__":
-    import harness.interrupt  # noqa: F401, first
+    import harness.interrupt  # noqa: F401, so that Ctrl-C ends it quietly even while torch loads
 
 import math
 import random
@@ -128,7 +128,7 @@ class State:
     epoch: int = 0                       # epochs evaluated so far
     alpha: float | None = None           # the soft mask's, if the model has one
     best_acc1: float = -1.0              # since alpha reached its final value
-    loss_sum: float = 0.0                # of this epoch, over micro-batches and ranks
+    loss_sum: float = 0.0                # of this epoch's iterations, each a mean over micro-batches and ranks
     unreadable: int = 0                  # images of this epoch
 
 
@@ -232,12 +232,12 @@ def make_model(run, cfg, checkpoint, classes, architecture):
     return model, notes
 
 
-def metrics_row(run, recipe, cfg, state, per_epoch, n_losses, result, n_parameters):
-    """A line of metrics.jsonl, with the names of the published logs; `n_losses` are summed in each iteration."""
+def metrics_row(run, recipe, cfg, state, per_epoch, result, n_parameters):
+    """A line of metrics.jsonl, with the names of the published logs."""
     span = range(state.epoch * per_epoch, state.iteration)
     return dict(
         step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, epoch=state.epoch,
-        train_loss=state.loss_sum / (per_epoch * n_losses),
+        train_loss=state.loss_sum / per_epoch,
         train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
         train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if cfg.soft else None,
         test_loss=result["test_loss"], test_acc1=result["test_acc1"], test_acc5=result["test_acc5"],
@@ -289,6 +289,8 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
     batches = monitor.watch(train_loader)
     folder.announce(RECIPES[run.recipe], machine, device, train, val, micro_batch, notes, recipe.epochs, per_epoch)
 
+    last_alpha = soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch) if cfg.soft else None
+
     for epoch in range(state.epoch, recipe.epochs):
         model.train()
         monitor.start(f"epoch {epoch}", state.iteration - epoch * per_epoch, per_epoch)
@@ -305,14 +307,14 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
                 images, labels = (x.to(device, non_blocking=True) for x in next(batches))
                 rng = random.Random(f"{run.seed} {state.iteration} {rank} {micro}")
                 images, labels = augment_batch(images, labels, recipe, cfg.num_classes, rng)
-                net.require_backward_grad_sync = micro == accumulate - 1         # ranks average their gradients once
+                net.require_backward_grad_sync = micro == accumulate - 1         # as DDP.no_sync(): average once
                 with autocast:
                     loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            state.loss_sum += monitor.check(loss_sum, norm, scaler)      # over ranks; the one wait for the device
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            state.loss_sum += monitor.check(loss_sum, grad_norm, scaler)         # the one wait for the device
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -328,12 +330,11 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
         result = evaluate(model, val_loader, device, dtype)
         if result is None:                                               # asked to stop
             folder.end_early()
-        row = metrics_row(run, recipe, cfg, state, per_epoch, accumulate * world, result, folder.n_parameters)
+        row = metrics_row(run, recipe, cfg, state, per_epoch, result, folder.n_parameters)
         row |= monitor.times()
         print_row(row)
         folder.log(row)
-        final = not cfg.soft or state.alpha == soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch)
-        improved = final and row["test_acc1"] > state.best_acc1          # accuracies under other masks do not compare
+        improved = state.alpha == last_alpha and row["test_acc1"] > state.best_acc1      # other masks do not compare
         if improved:
             state.best_acc1 = row["test_acc1"]
         state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0

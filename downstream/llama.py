@@ -15,6 +15,7 @@ import torch
 from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
 from downstream.select import LLAMA
 from eval import open_model, open_val
+from harness.checkpoint import CHECKPOINT
 from harness.flags import InputError, Parser, check_bounds, nonempty, report_errors, require
 
 
@@ -101,7 +102,7 @@ def main(argv=None):
     llama = to_llama(model)
     llama.save_pretrained(out)
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith(("blocks.", "norm."))}
-    torch.save(dict(checkpoint, model=rest), out / "vision.pt")
+    torch.save({name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest), out / "vision.pt")
     count = sum(p.numel() for p in llama.parameters())
     print(f"{out} has a LlamaModel of {count:,} parameters, and beside it vision.pt")
     if args.check:

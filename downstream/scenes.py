@@ -56,9 +56,9 @@ class AnnotatedFolder(Dataset):
         return image, read_annotation(self.annotations / f"{name.stem}.png", image.size, len(self.classes))
 
 
-def read_scene(path):
+def read_scene(path, upright=False):
     """read_image(), and an InputError if the longer side would take gigabytes once the shorter one is resized."""
-    image = read_image(path)
+    image = read_image(path, upright)
     require(max(image.size) <= 16 * min(image.size),
             f"{path} has {image.width} x {image.height} pixels, longer than 16:1: cut or remove it")
     return image

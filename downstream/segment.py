@@ -87,7 +87,7 @@ class State:
     iteration: int = 0           # those done
     epoch: int = 0               # evaluations done
     best_miou: float = -1.0
-    loss_sum: float = 0.0        # since the last evaluation, over micro-batches and ranks
+    loss_sum: float = 0.0        # of the iterations since the last evaluation, each a mean over micro-batches and ranks
     unreadable: int = 0          # images since then
 
 
@@ -148,7 +148,7 @@ def choose_backbone(run, recipe, given, checkpoint, classes):
         values = pick(Config, given) | crops | dict(patch_size=recipe.patch_size)
         return run, recipe, checked_config(config, size=run.size, step=run.step, **values), None
     source = once_per_node(open_checkpoint, run.init_from)
-    known = dict(step="soft_mask") | source["config"] | source["run"]            # published weights are iLLaMA's
+    known = source["config"] | source["run"]
     for name in ["size", "step", *(field.name for field in fields(Config) if field.name not in crops)]:
         require(given.get(name, known[name]) == known[name], f"{flag(name, given.get(name))} does not fit the weights "
                 f"of --init-from {run.init_from}, with {flag(name, known[name])}: drop the flag, or --init-from")
@@ -259,14 +259,14 @@ def train(argv):
             loss_sum = torch.zeros((), device=device)
             for micro in range(accumulate):
                 images, labels = (x.to(device, non_blocking=True) for x in next(batches))
-                net.require_backward_grad_sync = micro == accumulate - 1                 # ranks average gradients once
+                net.require_backward_grad_sync = micro == accumulate - 1            # as DDP.no_sync(): average once
                 with autocast:
                     loss = pixel_loss(net(normalize(images)), labels)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            state.loss_sum += monitor.check(loss_sum, norm, scaler)      # over ranks; the one wait for the device
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            state.loss_sum += monitor.check(loss_sum, grad_norm, scaler)                 # the one wait for the device
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -286,7 +286,7 @@ def train(argv):
         result = evaluate(model, val_loader, recipe.short_side, device, dtype)
         if result is None:                               # asked to stop
             folder.end_early()
-        train_loss = state.loss_sum / (every * accumulate * world)
+        train_loss = state.loss_sum / every
         row = dict(step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
                    init_from=run.init_from, iteration=state.iteration, train_loss=train_loss, **result,
                    n_parameters=folder.n_parameters, unreadable=state.unreadable, **monitor.times())
@@ -361,7 +361,7 @@ def evaluate_run(argv):
     short_side, classes = checkpoint["recipe"]["short_side"], checkpoint["classes"]
     views = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     if args.image:
-        image = read_scene(args.image)
+        image = read_scene(args.image, upright=True)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if is_rank_0():

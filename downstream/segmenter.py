@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 from data import check_readable, normalize
 from downstream.scenes import IGNORED
 from harness.flags import require
-from harness.processes import all_gather, is_rank_0, stop_requests
+from harness.processes import all_gather, progress, stop_requests
 from model import VisionTransformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def evaluate(model, batches, short_side, device, dtype=torch.float32, **views):
     model.eval()
     classes = model.backbone.cfg.num_classes
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for images, labels, errors in tqdm(batches, "evaluate", leave=False, disable=not is_rank_0() or None):
+    for images, labels, errors in progress(batches, "evaluate"):
         if stop_requests:
             break
         check_readable(errors)

@@ -11,7 +11,6 @@ computes what it did in the larger model. See docs/downstream.md.
 [1] Xu et al., arXiv 2311.18823
 """
 import argparse
-import io
 import json
 import shlex
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from harness.checkpoint import (CHECKPOINT, load_strictly, names_file, open_chec
                                 resize_positions, weights_of)
 from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
                            pick, report_errors, require, shorten)
-from harness.run import write
+from harness.run import store
 from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -188,14 +187,6 @@ def small_config(given, step, larger):
     return checked_config(config, size=given["size"], step=step, **values)
 
 
-def save(checkpoint, path):
-    """Write a checkpoint, and its folder if there is none."""
-    buffer = io.BytesIO()
-    torch.save(dict(checkpoint), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, buffer.getbuffer())
-
-
 @report_errors()
 def main(argv=None):
     parser = Parser(prog="python -m downstream.select",
@@ -226,7 +217,8 @@ def main(argv=None):
     checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
                       run={name: run[name] for name in CHECKPOINT["run"]})
     out = Path(given["out"])
-    save(checkpoint, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    store(checkpoint, out)
     flags = dict(size=run["size"], step=run["step"]) | overrides(cfg, run["size"], run["step"])
     flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(str(out)))
     print(f"weights of {given['larger']}, selected by the rule {given['rule']}; fresh: {shorten(fresh) or 'none'}\n"

@@ -149,7 +149,7 @@ def read(argv):
     require(checkpoint["classes"], f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
     reader, patch, grid = Reader(model), model.cfg.patch_size, model.cfg.grid
     transform = partial(eval_transform, size=model.cfg.img_size)
-    pixels, _, _ = Images([(read_image(args.image), 0)], transform)[0, 0]
+    pixels, _, _ = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
     image = normalize(pixels[None])
     for row in range(grid):
         reader.read(image[:, :, row * patch: (row + 1) * patch])

@@ -41,12 +41,12 @@ def read(path):
     if file.name != "metrics.jsonl" or not saved.exists():
         return rows, {}
     try:
-        return rows, settings_of(json.loads(saved.read_bytes()))
+        return rows, changed_settings(json.loads(saved.read_bytes()))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{saved} is not a run's config.json: replace or remove it") from error
 
 
-def settings_of(saved):
+def changed_settings(saved):
     """{name: value} of what a config.json says of the run, and of the flags that changed its model and recipe."""
     run = saved["run"]
     usual = RECIPES[run["recipe"]]

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from data import eval_transform, labels_of, normalize, open_data
+from data import eval_transform, normalize, open_data
 from experiments.ladder import VARIANTS, title_of
 from experiments.properties import OFFSETS, open_conflict, singular_values_for
 from experiments.report import uniform_attention
 from experiments.results import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
+from experiments.transfer import labels_of
 from harness.checkpoint import build, open_checkpoint
 from harness.export import class_token_attention
-from harness.flags import Parser, report_errors, require
+from harness.flags import Parser, report_errors, require, shorten
 from model import STEPS, Config, VisionTransformer
 from synthetic.shapes import Shapes
 
@@ -334,16 +335,18 @@ FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, lad
                landscape=draw_landscape, schedule=draw_schedule, attention=draw_attention)
 
 
-def main():
+def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=FIGURES, help=f"default: {', '.join(FIGURES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", default=[*FIGURES], help=f"default: {', '.join(FIGURES)}")
     parser.add_argument("--runs", type=Path, default="out/ladder-3", help="attention: the folder with STEP-0/last.pt")
     parser.add_argument("--data", default="cifar10", help="attention: the validation images, as in train.py")
     with report_errors():
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
+        unknown = [name for name in args.names if name not in FIGURES]
+        require(not unknown, f"there is no figure {shorten(unknown)}: give some of {', '.join(FIGURES)}")
         require(plt, "the figures need matplotlib: pip install matplotlib")
         plt.rcParams.update(STYLE)
-        for name in args.names or FIGURES:
+        for name in args.names:
             fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
             path = ASSETS / f"{name}.png"
             fig.savefig(path)

@@ -74,12 +74,12 @@ for row in PUBLISHED:                     # Table 17, and Table 1 for `modified`
                                        published_base=row["base"], published_base_loss=row["base_loss"])
 
 
-def flags_of(step):
+def step_flags(step):
     return VARIANTS[step].flags or f"--step {step}"
 
 
 def title_of(step):
-    return flags_of(step).removeprefix("--step ")
+    return step_flags(step).removeprefix("--step ")
 
 
 def long_flags(step, epochs):
@@ -183,7 +183,6 @@ def main(argv=None):
     args = parse_runs(parser, argv)
     more = shlex.split(args.more)
     given = parse(more)
-    check_bounds(given)
     own = given.keys() & {"data", "epochs", "step", "seed", "device", "workers", "out", "resume"}
     require(not own, f"--with sets {', '.join(map(flag, sorted(own)))}, which the ladder does itself: leave that out")
     args.out = args.out or Path("out", f"ladder-long-{args.epochs}" if args.long else f"ladder-{args.epochs}")
@@ -192,7 +191,7 @@ def main(argv=None):
         for step in args.steps:
             flags = long_flags(step, args.epochs) if args.long else FLAGS.split()
             command = [ROOT / "train.py", "--data", args.data, *flags, "--epochs", str(args.epochs),
-                       *flags_of(step).split(), "--seed", str(seed), *more]
+                       *step_flags(step).split(), "--seed", str(seed), *more]
             fields = dict(step=step, seed=seed, epoch=args.epochs - 1)
             if more:
                 fields["with"] = args.more

@@ -74,7 +74,7 @@ class Subject:
     @cached_property
     def conflict(self):
         """open_conflict() of the cue-conflict images, and {category: its classes} of the model."""
-        own = self.checkpoint["run"].get("data")
+        own = self.checkpoint["run"]["data"]
         cue = self.args.cue or (own if own in CUE else "shapes-cue")
         source, shapes, textures = open_conflict(cue, self.model.cfg.img_size)
         known = categories(self.source.classes)

@@ -13,17 +13,14 @@ of the authors' logs whose weights are published.
 """
 import json
 import math
-from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 
-from experiments.ladder import VARIANTS, flags_of
+from experiments.ladder import ROOT, VARIANTS, step_flags
 from experiments.transfer import COMPARED
 from model import STEPS
 from train import parse
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def rows(name):
@@ -40,7 +37,7 @@ def matching(name, **fields):
 
 
 EPOCHS = 3                        # of the ladder that the pages show
-CHANGES = {step: parse(flags_of(step).split()) for step in VARIANTS}
+CHANGES = {step: parse(step_flags(step).split()) for step in VARIANTS}
 
 
 def step_of(row):

@@ -17,6 +17,7 @@ from experiments.ladder import ROOT, parse_runs, parser_of_runs, train_all
 from experiments.transfer import open_part
 from harness.checkpoint import open_checkpoint
 from harness.flags import report_errors
+from harness.run import store
 
 # Flags of train.py for all, for the larger model, and for the smaller ones
 FLAGS = "--batch-size 64 --lr 1e-3 --dtype bfloat16 --compile"
@@ -44,7 +45,7 @@ def make_start(start, larger, path, seed):
     select.main([*flags, "--rule", "uniform", "--out", str(selected)])
     checkpoint = open_checkpoint(selected)
     permute(checkpoint, seed)
-    select.save(checkpoint, path)
+    store(dict(checkpoint), path)
 
 
 def train_larger(args, name, program):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
 import train
-from data import labels_of, open_data
+from data import open_data
 from experiments.ladder import LONG, long_flags, parse_runs, parser_of_runs, train_all
 from harness.files import ImageFolder
 from harness.flags import report_errors, require
@@ -26,6 +26,11 @@ from harness.processes import stop_on_signals
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3"
 COMPARED = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}      # ViT and iLLaMA; flags that keep alpha at 0
 PERCENT = (1, 5, 25, 100)                                                 # of the training images
+
+
+def labels_of(source):
+    """The labels of all images of an ImageFolder or one of torchvision's CIFARs, without reading them."""
+    return source.labels if hasattr(source, "labels") else source.targets
 
 
 class Part(Dataset):
@@ -64,7 +69,7 @@ def open_part(name, split, img_size, classes=None):
     return Part(source, list(source.classes[half:]), int(part[3]) if split == "train" else 100, int(part[4]))
 
 
-def flags_of(args, step):
+def shared_flags(args, step):
     """(pretraining, transfer): the flags of train.py that its runs share."""
     if not args.long:
         return FLAGS.split(), FLAGS.split()
@@ -82,7 +87,7 @@ def runs(args):
     for seed in range(args.seeds):
         for step, alpha_0 in COMPARED.items():
             pretraining, tuning = (["-m", "experiments.transfer", "train", *flags, "--step", step, "--seed", str(seed)]
-                                   for flags in flags_of(args, step))
+                                   for flags in shared_flags(args, step))
             row = dict(data=args.data, step=step, seed=seed)
             name = f"first-{step}-{seed}"
             first[name] = ([*pretraining, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],

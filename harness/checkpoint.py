@@ -111,7 +111,9 @@ def read_checkpoint(source):
     """
     path = fetch(source) if str(source) in PUBLISHED else Path(source)
     if path.is_dir():
-        path /= "best.pt"
+        path, last = path / "best.pt", path / "last.pt"
+        require(path.exists() or not last.exists(), f"{path} is written with the first accuracy under the soft "
+                f"mask's final alpha: wait for that, or give {last}")
     require(path.is_file(), f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
     return read_file(path)
 
@@ -214,7 +216,7 @@ def open_checkpoint(source):
         raise InputError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: use "
                          "another file") from error
     return Checkpoint(dict(config=asdict(cfg), model=state, classes=None, alpha=0.0,
-                           run=dict(size=size, dtype="float32")), source)
+                           run=dict(size=size, step="soft_mask", data="", dtype="float32", seed=0)), source)
 
 
 @names_file
@@ -236,10 +238,8 @@ def build(checkpoint, architecture=VisionTransformer):
 def describe(cfg, checkpoint, dtype):
     """What a row of results says of a checkpoint's model beside its accuracy."""
     run = checkpoint["run"]
-    row = dict(mask=cfg.mask, alpha=checkpoint["alpha"], img_size=cfg.img_size, dtype=str(dtype).removeprefix("torch."))
-    if "step" in run:
-        row |= dict(step=run["step"], overrides=overrides(cfg, run["size"], run["step"]), seed=run["seed"])
-    return row
+    return dict(mask=cfg.mask, alpha=checkpoint["alpha"], img_size=cfg.img_size, step=run["step"], seed=run["seed"],
+                dtype=str(dtype).removeprefix("torch."), overrides=overrides(cfg, run["size"], run["step"]))
 
 
 def set_alpha(model, alpha):

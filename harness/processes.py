@@ -138,6 +138,11 @@ def is_rank_0():
     return os.environ.get("RANK", "0") == "0"
 
 
+def progress(batches, title):
+    """The batches, with a bar on a terminal, of rank 0 alone."""
+    return tqdm(batches, title, leave=False, disable=None if is_rank_0() else True)      # None: where no terminal is
+
+
 def default_workers():
     """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -233,6 +233,13 @@ def write(path, content, previous=None):
                          "what was saved before is intact") from error
 
 
+def store(checkpoint, path, previous=None):
+    """Write a checkpoint as write() does."""
+    buffer = io.BytesIO()                                # through memory: torch.save into a full disk hides the reason
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer(), previous)
+
+
 def append_row(row, file=None):
     """Print a dict as a line of JSON, and append it to a file."""
     line = json.dumps(row)
@@ -319,15 +326,10 @@ class RunFolder:
             return
         weights = self.settings | asdict(self.state) | dict(model=self.model.state_dict())
         if improved:
-            self.store(weights, "best.pt")
+            store(weights, self.path / "best.pt")
         moments = self.optimizer.state_dict()["state"]
         checkpoint = weights | dict(optimizer=moments, scaler=self.scaler.state_dict())
-        self.store(checkpoint, "last.pt", self.path / "prev.pt")
-
-    def store(self, checkpoint, name, previous=None):
-        buffer = io.BytesIO()                            # through memory: torch.save into a full disk hides the reason
-        torch.save(checkpoint, buffer)
-        write(self.path / name, buffer.getbuffer(), previous)
+        store(checkpoint, self.path / "last.pt", self.path / "prev.pt")
 
     def log(self, row):
         """Add a line to metrics.jsonl."""
@@ -390,16 +392,16 @@ class Monitor:
                     tqdm.write(f"warning: {printable(error)}; until then the next one takes its place", sys.stderr)
             yield images, labels
 
-    def check(self, loss, norm, scaler):
-        """Sum of a loss over the ranks: beside the gradients the one exchange of an iteration, and its only wait for
-        the device. InputError on all ranks if a loss or gradient is not finite on one, or too many images are not read.
-        """
+    def check(self, loss, grad_norm, scaler):
+        """Mean over micro-batches and ranks of this rank's sum over its micro-batches: beside the gradients the one
+        exchange of an iteration, and its only wait for the device. InputError on all ranks if a loss or gradient is not
+        finite on one, or too many images are not read."""
         counts = [torch.full_like(loss, count) for count in (self.unreadable, len(stop_requests))]
-        sums = torch.stack([loss, norm, *counts])
+        sums = torch.stack([loss, grad_norm, *counts])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, norm, unreadable, stops = sums.tolist()
-        finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())    # a GradScaler skips those
+        loss, grad_norm, unreadable, stops = sums.tolist()
+        finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())    # a GradScaler skips those
         require(finite, f"the loss or its gradient is not a finite number at iteration {self.state.iteration}; it was "
                 f"not applied, and {self.folder.path} holds the run as it was last saved: try a smaller --lr or "
                 "--dtype float32")
@@ -407,7 +409,7 @@ class Monitor:
         require(self.state.unreadable <= self.most_unreadable, f"more than {self.most_unreadable:,} of "
                 f"{self.n_images:,} training images cannot be read: see the warnings, and replace or remove them")
         self.unreadable, self.stopping, self.loss = 0, stops > 0, loss / self.losses
-        return loss
+        return self.loss
 
     def start(self, title, done, total):
         """Begin an epoch of which so many iterations are done."""

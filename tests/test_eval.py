@@ -87,6 +87,9 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(finished, tmp_path, capsys
     by_file, by_folder = (json.loads(printed([path, "--json"], capsys)) for path in (finished / "best.pt", finished))
     assert by_folder["test_loss"] == by_file["test_loss"] and by_folder["overrides"] == dict(depth=2)
     assert f"no checkpoint at {tmp_path}/best.pt" in refused(evaluation, [tmp_path], capsys)
+    (tmp_path / "last.pt").touch()
+    assert f"best.pt is written with the first accuracy under the soft mask's final alpha: wait for that, or give {tmp_path}/last.pt" in (
+        refused(evaluation, [tmp_path], capsys))
 
 
 def test_the_best_checkpoint_scores_what_training_said(finished, capsys):
@@ -148,6 +151,14 @@ def test_published_weights_are_fetched_by_name_once_and_evaluated(published, pho
     assert by_name["test_loss"] == by_path["test_loss"] == again["test_loss"]
     loaded = build(open_checkpoint("illama-tiny-in1k-75.0"))
     assert all(torch.equal(value, published.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_published_weights_can_be_exported_and_opened_again(published, photos, tmp_path, capsys):
+    pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    printed(["illama-tiny-in1k-75.0", "--export", tmp_path / "a.safetensors"], capsys)
+    losses = [json.loads(printed([source, "--data", photos, "--json"], capsys))["test_loss"]
+              for source in ("illama-tiny-in1k-75.0", tmp_path / "a.safetensors")]
+    assert losses[0] == losses[1]
 
 
 def test_a_full_checkpoint_of_the_published_training_is_read(published, photos, tmp_path, capsys):
@@ -236,6 +247,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
     (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--image", "a.png", "--data", "shapes"], "--image classifies one image alone: drop it, or --data"),
+    (["--export", "a.pt2", "--json"], "--export writes the model and evaluates nothing: drop it, or --image, --data"),
     (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
 ])

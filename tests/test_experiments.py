@@ -11,7 +11,7 @@ import pytest
 import train
 from conftest import DEADLINE, ROOT, SMALL, refused, wait_until
 from experiments import ladder as program
-from experiments import report, results
+from experiments import figures, report, results
 from experiments.ladder import PUBLISHED, VARIANTS
 
 
@@ -159,3 +159,10 @@ def test_every_published_row_says_where_it_stands_in_the_paper():
     places = [(row["source"], row["row"]) for row in PUBLISHED]
     assert len(set(places)) == len(places)
     assert all(re.fullmatch(r"(Table|Figure) \d+", source) for source, _ in places)
+
+
+def test_figures_are_all_drawn_unless_some_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(figures, "plt", None)                                # so that nothing is drawn
+    for flags in ([], ["--data", "shapes"], ["masks"]):
+        assert "the figures need matplotlib" in refused(figures, flags, capsys)
+    assert "there is no figure mask: give some of masks, shapes" in refused(figures, ["mask"], capsys)

@@ -720,7 +720,7 @@ def test_a_small_file_of_large_weights_is_refused(damage, said, alone, tmp_path,
 # What does not go on
 
 
-def test_within_an_epoch_a_run_goes_on_with_other_ranks_and_says_so(photos, tmp_path):
+def test_within_an_epoch_a_run_goes_on_with_other_ranks_and_says_so(photos, alone, tmp_path):
     code, _, errors = sabotaged(2, photos, tmp_path / "run", 1, "train", 3, "SIGKILL")
     assert code != 0 and load(tmp_path / "run" / "last.pt")["iteration"] == 2
     two = load(tmp_path / "run" / "last.pt")
@@ -728,6 +728,8 @@ def test_within_an_epoch_a_run_goes_on_with_other_ranks_and_says_so(photos, tmp_
     assert code == 0, errors
     assert "ranks   2 before, 1 now: what is drawn by rank, and rounding, will differ\n" in said
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [0, 1] and two["loss_sum"] > 0
+    losses = [metrics(folder)[0]["train_loss"] for folder in (tmp_path / "run", alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)                   # a mean, however many ranks took part
 
 
 def test_a_run_does_not_go_on_with_other_classes(photos, alone, tmp_path, capsys):

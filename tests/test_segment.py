@@ -522,10 +522,12 @@ def test_weights_that_are_not_finite_have_no_miou(trained, tmp_path, capsys):
     assert "last.pt: the weights decode." in refused(segment, ["eval", tmp_path / "last.pt", "--workers", 0], capsys)
 
 
-def test_the_classes_of_an_image_are_drawn_beside_it_with_a_legend(streets, trained, tmp_path, capsys):
-    image = streets / "images" / "validation" / "1.png"
-    segment.main(["eval", str(trained), "--image", str(image), "--draw", str(tmp_path / "drawn.png"), "--device", "cpu"])
-    page, shown = np.asarray(Image.open(tmp_path / "drawn.png")), np.asarray(Image.open(image))
+def test_the_classes_of_an_image_are_drawn_beside_it_upright_with_a_legend(streets, trained, tmp_path, capsys):
+    upright, exif = Image.open(streets / "images" / "validation" / "1.png"), Image.Exif()
+    exif[0x0112] = 6                                                         # taken with the camera on its side
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    segment.main(["eval", str(trained), "--image", str(tmp_path / "a.png"), "--draw", str(tmp_path / "drawn.png"), "--device", "cpu"])
+    page, shown = np.asarray(Image.open(tmp_path / "drawn.png")), np.asarray(upright)
     H, W = shown.shape[:2]
     assert np.array_equal(page[:H, :W], shown)
     assert len(np.unique(page[:H, W: 2 * W].reshape(-1, 3), axis=0)) <= 3 and page.shape[1] > 2 * W
