@@ -16,7 +16,7 @@ from data import Images, check_readable, eval_batches, eval_transform, loader, n
 from downstream.select import LLAMA
 from eval import open_model, open_val
 from harness.checkpoint import CHECKPOINT
-from harness.flags import InputError, Parser, check_bounds, nonempty, report_errors, require
+from harness.flags import Parser, check_bounds, needs, nonempty, report_errors, require
 
 
 def half_split(rows, heads):
@@ -28,10 +28,8 @@ def half_split(rows, heads):
 
 def to_llama(model):
     """The blocks and the last norm of a model as a transformers.LlamaModel. InputError if they are no LLaMA's."""
-    try:
+    with needs("this program", "transformers"):
         from transformers import LlamaConfig, LlamaModel
-    except ImportError as error:
-        raise InputError("this needs the transformers library: pip install transformers") from error
     cfg = model.cfg
     require(cfg.swiglu and cfg.rmsnorm and cfg.rope, "a LLaMA has SwiGLU, RMSNorm and RoPE: use a run of --step rope "
             "or a later one")

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from harness.flags import InputError, Parser, overrides, pick, report_errors, require
+from harness.flags import InputError, Parser, needs, overrides, pick, report_errors, require
 from model import Config
 from train import RECIPES
 
@@ -102,10 +102,8 @@ def main(argv=None):
     if args.plot is not None:
         require(Path(args.plot).suffix.lower() in (".png", ".pdf", ".svg"),
                 f"--plot {args.plot}: give a file that ends in .png, .pdf or .svg")
-        try:
+        with needs("--plot", "matplotlib"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError("--plot needs matplotlib: pip install matplotlib") from error
     runs, settings = zip(*(read(Path(run)) for run in args.runs))
     if args.plot is not None:                                    # where this fails, nothing has been printed
         draw(Figure, args.runs, runs, args.plot)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.flags import InputError, as_input_error, check_bounds, checked_config, overrides, require
+from harness.flags import InputError, as_input_error, check_bounds, checked_config, needs, overrides, require
 from model import SIZES, Config, VisionTransformer, config
 
 PUBLISHED = (  # the authors' weights, by the names of their files
@@ -65,10 +65,8 @@ def fetch(name):
 
 def open_safetensors(path):
     """({name: tensor}, metadata) of a file; the tensors are mapped into memory."""
-    try:
+    with needs(path, "safetensors"):
         from safetensors import safe_open
-    except ImportError as error:
-        raise InputError(f"{path} needs safetensors: pip install safetensors") from error
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 

@@ -15,13 +15,9 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from harness.checkpoint import CHECKPOINT
-from harness.flags import InputError, require
+from harness.flags import needs, require
 
 KINDS = (".pt2", ".onnx", ".safetensors")
-
-
-def needs(packages):
-    return InputError(f"this kind of file needs {packages}: pip install {packages}")
 
 
 def export(model, path, checkpoint, more):
@@ -40,10 +36,8 @@ def export(model, path, checkpoint, more):
 
 def write_model(model, path, about):
     if path.suffix == ".safetensors":
-        try:
+        with needs(f"--export {path.suffix}", "safetensors"):
             from safetensors.torch import save_file
-        except ImportError as error:
-            raise needs("safetensors") from error
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(weights, path, dict(checkpoint=about))
         return
@@ -53,11 +47,9 @@ def write_model(model, path, about):
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={"about.json": about})
         return
-    try:
+    with needs(f"--export {path.suffix}", "onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401, of torch.onnx
-    except ImportError as error:
-        raise needs("onnx onnxscript") from error
     names = dict(input_names=["images"], output_names=["logits"])
     torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
     file = onnx.load(path)

@@ -31,6 +31,15 @@ def require(condition, sentence):
 
 
 @contextmanager
+def needs(what, packages):
+    """Imports of optional packages: an InputError says what needs them."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{what} needs {packages}: pip install {packages}") from error
+
+
+@contextmanager
 def as_input_error():
     """ValueErrors of model.py, where it is given what the user says, as InputErrors."""
     try:
