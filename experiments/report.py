@@ -243,7 +243,8 @@ def epochs_table():
     keys, body = ("test_acc1", "train_loss"), []
     lines = [("3", "17", [ladder(key, flags="--patch-size 8") for key in keys]),
              ("20", "17", [by_step("cifar10-20-epochs", key) for key in keys]),
-             ("3", "65", [ladder(key) for key in keys])]
+             ("3", "65", [ladder(key) for key in keys]),
+             ("10", "65", [by_step("ladder", key, epoch=9) for key in keys])]
     for epochs, tokens, (accuracy, losses) in lines:
         body.append([epochs, tokens, str(len(accuracy["ps_cls"])), accuracy["rmsnorm"], accuracy["ps_cls"],
                      interval(accuracy["ps_cls"], accuracy["rmsnorm"]),
