@@ -99,7 +99,7 @@ def test_without_rounding_and_norms_a_model_is_that_of_its_step(step, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(Quantizer, "forward", lambda self, x: x)
             torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=0)
-        assert 0 < (rough - plain(images)).abs().mean() < 0.1 * plain(images).std()
+        assert 0 < (rough - plain(images)).abs().mean() < 0.3 * plain(images).std()
 
 
 def test_every_parameter_learns_and_no_step_size_decays():
