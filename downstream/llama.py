@@ -17,6 +17,7 @@ from downstream.select import LLAMA
 from eval import open_model, open_val
 from harness.checkpoint import CHECKPOINT
 from harness.flags import Parser, check_bounds, needs, nonempty, report_errors, require
+from harness.run import store
 
 
 def half_split(rows, heads):
@@ -100,7 +101,7 @@ def main(argv=None):
     llama = to_llama(model)
     llama.save_pretrained(out)
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith(("blocks.", "norm."))}
-    torch.save({name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest), out / "vision.pt")
+    store({name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest), out / "vision.pt")
     count = sum(p.numel() for p in llama.parameters())
     print(f"{out} has a LlamaModel of {count:,} parameters, and beside it vision.pt")
     if args.check:

@@ -93,9 +93,9 @@ def runs(args):
             first[name] = ([*pretraining, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
                            row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
             weights = ["--init-from", args.out / name / "last.pt"]
-            starts = {"fine-tuning": weights, "scratch": [], "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
-            if args.long:
-                del starts["probe"]
+            starts = {"fine-tuning": weights, "scratch": []}
+            if not args.long:
+                starts["probe"] = [*weights, "--freeze", "--lr", "1e-2", *alpha_0]
             if alpha_0:                                                   # on all images, as in the paper's Table 9
                 starts["fine-tuning-0"] = [*weights, *alpha_0]
             for start, more in starts.items():

@@ -65,7 +65,7 @@ REFUSALS = {  # what the system refuses, by words in an error
     "deterministic implementation|CUBLAS_WORKSPACE_CONFIG":
         "an operation of this model has no deterministic form on this device: drop --deterministic",
     "by peer": "another rank has ended: see its message, then go on with --resume",
-    r"can('|no)t allocate|bad_alloc|alloc_failed|(out of|not enough) memory|\w+ation overflow|MemoryError":
+    r"alloc|out of memory|\w+ation overflow|MemoryError":
         "there is not enough memory for this: make the model, the images or the batch smaller",
 }
 

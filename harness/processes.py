@@ -138,9 +138,10 @@ def is_rank_0():
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress(batches, title):
-    """The batches, with a bar on a terminal, of rank 0 alone."""
-    return tqdm(batches, title, leave=False, disable=None if is_rank_0() else True)      # None: where no terminal is
+def progress(batches, title, **more):
+    """tqdm(): the batches, with a bar on a terminal, of rank 0 alone."""
+    disable = None if is_rank_0() else True                            # None: where no terminal is
+    return tqdm(batches, title, leave=False, disable=disable, **more)
 
 
 def default_workers():

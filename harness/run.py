@@ -28,7 +28,7 @@ from harness.checkpoint import CHECKPOINT, load_optimizer, read_checkpoint, vali
 from harness.files import read_bytes
 from harness.flags import InputError, flags_of, nonempty, overrides, plural, printable, require, shorten
 from harness.processes import (DEVICES, PREEMPTED, all_gather, at_stake, default_workers, ignore_signals, is_rank_0,
-                               on_rank_0, print_rank0, processor, shut_down, stop_requests, write_lock)
+                               on_rank_0, print_rank0, processor, progress, shut_down, stop_requests, write_lock)
 from model import Config
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
@@ -416,7 +416,7 @@ class Monitor:
         at_stake.set()
         self.title, self.done, self.total = title, done, total
         self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
-        self.bar = tqdm(total=total, initial=done, desc=title, leave=False, disable=not is_rank_0() or None)
+        self.bar = progress(None, title, total=total, initial=done)
 
     def speed(self, since):
         """Images/s, and the fraction of the time spent waiting for data, since a mark."""

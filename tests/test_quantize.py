@@ -8,7 +8,7 @@ from conftest import SMALL, equal, load, metrics, refused
 from experiments import quantize
 from experiments.quantize import NormalizedTransformer, QuantizedTransformer, Quantizer
 from model import Attention, VisionTransformer, config
-from test_model import CASES, every_step, hashed, hashed_images
+from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 
 def quantized(step="soft_mask"):
@@ -88,10 +88,16 @@ def test_without_rounding_and_norms_a_model_is_that_of_its_step(step, monkeypatc
     assert all(len(part.quantize_weight(part.weight)[0].unique()) <= 256 for part in model.modules()
                if isinstance(part, quantize.QuantizedLinear))
     plain = VisionTransformer(model.cfg).eval()
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
+    # As large as they are drawn, but the same with all versions of torch
+    plain.load_state_dict({name: value if value.ndim == 1 else 0.4 * value for name, value in hashed_weights(plain).items()})
+    model.load_state_dict(plain.state_dict(), strict=False)
     alphas = (0.0, 0.5) if plain.cfg.soft else (None,)
     for block in model.blocks:
         block.attn.norm_q = block.attn.norm_k = torch.nn.Identity()
+    for part in model.modules():
+        if isinstance(part, Quantizer):
+            part.started = False
+    model(images)                                                            # sets the step sizes for these weights
     for alpha in alphas:
         for each in (model, plain) if alpha is not None else ():
             each.set_soft_mask(alpha)
@@ -99,7 +105,7 @@ def test_without_rounding_and_norms_a_model_is_that_of_its_step(step, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(Quantizer, "forward", lambda self, x: x)
             torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=0)
-        assert 0 < (rough - plain(images)).abs().mean() < 0.3 * plain(images).std()
+        assert 0 < (rough - plain(images)).abs().mean() < 0.1 * plain(images).std()
 
 
 def test_every_parameter_learns_and_no_step_size_decays():
