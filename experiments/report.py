@@ -88,7 +88,7 @@ def paper_table():
     shape = [percent(seeds_of("shape-bias", "shape_bias", step)) for step in MODELS]
     rank = [[fmean(seed[0]) for seed in seeds_of("properties", "rank_80", step)] for step in MODELS]
     tuned = ("rmsnorm", "fine-tuning"), ("soft_mask", "fine-tuning-0"), ("soft_mask", "fine-tuning")
-    cifar10 = [seeds_of("transfer", "test_acc1", step, start=start, percent=100) for step, start in tuned]
+    cifar10 = [seeds_of("transfer-tiny", "test_acc1", step, start=start) for step, start in tuned]
     miou = [[row["test_miou"] for row in segmented("segment", step, True)] for step in ("rmsnorm", "soft_mask")]
     starts = [seeds_of("select", "test_acc1", "soft_mask", start=start) for start in ("uniform", "random")]
     masks, schedules = ["no soft mask", "soft mask"], ["no soft mask", "linear 50", "constant 50"]
@@ -105,7 +105,7 @@ def paper_table():
          ["iLLaMA, 32 bits", "iLLaMA, 8 bits"], bits, 1),
         ("Table 8", "calibration error: ConvNeXt-B / DeiT3-B / iLLaMA-B; here ViT / iLLaMA", "ece", others, ece, 4),
         ("Table 8", "shape decisions, %, of the same models", "shape", others, shape, 1),
-        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here five classes",
+        ("Table 9", "top-1 on CIFAR-10: ViT-T / iLLaMA-T without / with soft mask; here five classes, from shapes",
          "cifar10", ["ViT-T", "iLLaMA-T, no soft mask", "iLLaMA-T, soft mask"], cifar10, 1),
         ("Table 10", "mIoU, ADE20K: ViT-T / iLLaMA-T; here CamVid, ViT / iLLaMA", "miou", ["ViT-T", "iLLaMA-T"],
          miou, 1),
@@ -308,6 +308,19 @@ def transfer_table():
         if matching("transfer", step=step, start=start)])
 
 
+def transfer_tiny_table():
+    """Size T as in the paper's Table 9: each run of iLLaMA's against ViT's."""
+    def found(step, start, key="test_acc1"):
+        return by_step("transfer-tiny", key, start=start)[step]
+    vit, body = ("rmsnorm", "fine-tuning"), []
+    for run, title in {vit: "ViT (`rmsnorm`)", ("soft_mask", "fine-tuning-0"): "iLLaMA, no soft mask in fine-tuning",
+                       ("soft_mask", "fine-tuning"): "iLLaMA (`soft_mask`)"}.items():
+        difference = "" if run == vit else interval(found(*run), found(*vit))
+        loss = plus_minus(list(found(*run, "train_loss").values()), 3)
+        body.append([title, found(run[0], "pretraining"), found(*run), difference, loss])
+    return table("size T | shapes: top-1, % | CIFAR-10: top-1, % | against ViT [95 %] | train loss", body)
+
+
 def select_table():
     starts = {
         "random": "random weights", "uniform": "`--rule uniform`", "aligned": "`--rule aligned`",
@@ -405,7 +418,7 @@ PARTS = dict(
     centred=partial(shape_table, "shape-bias-centred"), int8=int8_table, quantize=quantize_table,
     anytime=anytime_table, runs=runs_table, epochs=epochs_table, rates=rates_table,
     segment=segment_table, classes=classes_table, flipped=upside_down_table, camvid=camvid_table,
-    transfer=transfer_table, select=select_table,
+    transfer=transfer_table, tiny=transfer_tiny_table, select=select_table,
     macs=macs_table, hours=hours_table, long=long_table)
 for path in (ROOT / "results" / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),

@@ -5,11 +5,11 @@ runs of `epochs` epochs that were stopped after epoch `epoch`; properties.jsonl,
 label-smoothing.jsonl, collapse.jsonl, shape-bias*.jsonl and leak.jsonl those of experiments/properties.py on its runs,
 anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of
 metrics.jsonl of each run of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's
-`eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and quantize.jsonl rows of the programs of these names;
-NAME-upside-down.jsonl are of images upside down. Other NAME.jsonl are the metrics.jsonl of the run NAME as it was left;
-demo.jsonl the two runs of the README's quick start; speed/ has rows of the programs in benchmarks/.
-published-tables.jsonl holds figures of the paper, each with its table or figure, published.jsonl the best epoch of each
-of the authors' logs whose weights are published.
+`eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and quantize.jsonl rows of the programs of these names,
+transfer-tiny.jsonl those of transfer with --pretrain-data; NAME-upside-down.jsonl are of images upside down. Other
+NAME.jsonl are the metrics.jsonl of the run NAME as it was left; demo.jsonl the two runs of the README's quick start;
+speed/ has rows of the programs in benchmarks/. published-tables.jsonl holds figures of the paper, each with its table
+or figure, published.jsonl the best epoch of each of the authors' logs whose weights are published.
 """
 import json
 import math

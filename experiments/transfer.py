@@ -1,12 +1,13 @@
 """What is pretraining on some classes worth for others, by how many labelled images there are of these?
 
     python -m experiments.transfer --data cifar10      # all runs; stopped and started again, it continues
-    python -m experiments.transfer --data cifar10 --long --pretrain-epochs 30 --epochs 24 --device cuda --jobs 6
+    python -m experiments.transfer --data cifar10 --pretrain-data shapes --epochs 6      # as the paper, in small
     python -m experiments.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
 
 The first half of a data set's classes is for pretraining; on parts of the other half a model is trained from scratch,
 fine-tuned, and probed linearly. eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
-With --long it is size T, for a GPU, on all images of the other half, without the probe.
+With --pretrain-data it is another experiment, near the paper's: size T pretrained on other data, then fine-tuned on all
+images of that half by the paper's recipe with fewer epochs, with and without the soft mask.
 """
 import random
 import re
@@ -18,12 +19,15 @@ from torchvision.datasets import CIFAR10
 
 import train
 from data import open_data
-from experiments.ladder import LONG, long_flags, parse_runs, parser_of_runs, train_all
+from experiments.ladder import ROOT, parse_runs, parser_of_runs, train_all
 from harness.files import ImageFolder
-from harness.flags import report_errors, require
+from harness.flags import nonempty, report_errors, require
 from harness.processes import stop_on_signals
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3"
+TINY = "--size tiny --dtype bfloat16 --compile"
+# A quarter of the paper's learning rate, as its batch of 1,024 is 16 times as large: the rule of the square root.
+TUNING = "--recipe transfer --img-size 32 --patch-size 8 --batch-size 64 --lr 5e-4"
 COMPARED = {"rmsnorm": [], "soft_mask": ["--soft-mask-epochs", "0"]}      # ViT and iLLaMA; flags that keep alpha at 0
 PERCENT = (1, 5, 25, 100)                                                 # of the training images
 
@@ -69,40 +73,50 @@ def open_part(name, split, img_size, classes=None):
     return Part(source, list(source.classes[half:]), int(part[3]) if split == "train" else 100, int(part[4]))
 
 
-def shared_flags(args, step):
-    """(pretraining, transfer): the flags of train.py that its runs share."""
-    if not args.long:
-        return FLAGS.split(), FLAGS.split()
-    # The paper's protocol for CIFAR-10 (Table 16) with a tenth of its epochs or less: 50 of 300 to warm up, a linear
-    # soft mask over 25, no drop path, and its learning rate for batches of 1,024 halved for 512.
-    tuning = f"{LONG} --drop-path 0 --warmup-epochs {args.epochs // 6}"
-    if COMPARED[step]:
-        tuning += f" --soft-mask-epochs {args.epochs // 12}"
-    return long_flags(step, args.pretrain_epochs), tuning.split()
-
-
 def runs(args):
     """(pretraining, transfer): {name: (command, fields of the row)} as train_all() takes them."""
     first, rest = {}, {}
     for seed in range(args.seeds):
         for step, alpha_0 in COMPARED.items():
-            pretraining, tuning = (["-m", "experiments.transfer", "train", *flags, "--step", step, "--seed", str(seed)]
-                                   for flags in shared_flags(args, step))
+            shared = ["-m", "experiments.transfer", "train", *FLAGS.split(), "--step", step, "--seed", str(seed)]
             row = dict(data=args.data, step=step, seed=seed)
             name = f"first-{step}-{seed}"
-            first[name] = ([*pretraining, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
+            first[name] = ([*shared, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
                            row | dict(start="pretraining", epoch=args.pretrain_epochs - 1))
             weights = ["--init-from", args.out / name / "last.pt"]
-            starts = {"fine-tuning": weights, "scratch": []}
-            if not args.long:
-                starts["probe"] = [*weights, "--freeze", "--lr", "1e-2", *alpha_0]
+            starts = {"fine-tuning": weights, "scratch": [], "probe": [*weights, "--freeze", "--lr", "1e-2", *alpha_0]}
             if alpha_0:                                                   # on all images, as in the paper's Table 9
                 starts["fine-tuning-0"] = [*weights, *alpha_0]
             for start, more in starts.items():
-                for percent in PERCENT[-1:] if args.long or start == "fine-tuning-0" else PERCENT:
+                for percent in PERCENT[-1:] if start == "fine-tuning-0" else PERCENT:
                     rest[f"{start}-{percent}-{step}-{seed}"] = (
-                        [*tuning, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
+                        [*shared, "--data", f"{args.data}:rest-{percent}-{seed}", "--epochs", str(args.epochs), *more],
                         row | dict(start=start, percent=percent, epoch=args.epochs - 1))
+    return first, rest
+
+
+def tiny_runs(args):
+    """The same two at size T, by the protocol of the paper's Tables 9 and 16: a sixth of the epochs to warm up, and for
+    a linear soft mask as many as on CIFAR-100, where alone the paper finds that it matters."""
+    first, rest = {}, {}
+    sixth = str(args.epochs // 6)
+    for seed in range(args.seeds):
+        for step, alpha_0 in COMPARED.items():
+            shared = [*TINY.split(), "--step", step, "--seed", str(seed)]
+            row = dict(step=step, seed=seed)
+            name = f"first-{step}-{seed}"
+            first[name] = ([ROOT / "train.py", *shared, "--data", args.pretrain_data, "--recipe", "small-data",
+                            "--epochs", str(args.pretrain_epochs)],
+                           row | dict(data=args.pretrain_data, start="pretraining", epoch=args.pretrain_epochs - 1))
+            tuning = ["-m", "experiments.transfer", "train", *shared, *TUNING.split(),
+                      "--data", f"{args.data}:rest-100-{seed}", "--init-from", args.out / name / "last.pt",
+                      "--epochs", str(args.epochs), "--warmup-epochs", sixth]
+            starts = {"fine-tuning": ["--soft-mask-epochs", sixth] if alpha_0 else []}
+            if alpha_0:
+                starts["fine-tuning-0"] = alpha_0
+            for start, more in starts.items():
+                rest[f"{start}-{step}-{seed}"] = ([*tuning, *more],
+                                                  row | dict(data=args.data, start=start, epoch=args.epochs - 1))
     return first, rest
 
 
@@ -114,14 +128,16 @@ def main(argv=None):
         return train.main(argv[1:], open_data=open_part)
     parser = parser_of_runs("transfer", __doc__)
     parser.add_argument("--pretrain-epochs", type=int, default=5)
-    parser.add_argument("--long", action="store_true", help="size T, for a GPU: on all images, not probed")
+    parser.add_argument("--pretrain-data", type=nonempty, help="shapes, cifar100 ...: size T, as in the paper")
     args = parse_runs(parser, argv)
-    require(not args.long or args.epochs >= 12, f"--epochs {args.epochs} with --long leaves no epoch to the soft mask, "
-            "which has a twelfth of them: give at least 12")
-    args.out = args.out or Path("out", "transfer-long" if args.long else "transfer")
     part = open_part(f"{args.data}:first", "train", 32)
     require(len(part.classes) > 1, f"--data {args.data} has fewer than four classes: use data with two for each half")
-    first, rest = runs(args)
+    if args.pretrain_data:
+        require(args.epochs % 6 == 0, f"--epochs {args.epochs} with --pretrain-data: give a multiple of 6, for warm-up "
+                "and soft mask have a sixth of them each")
+        open_data(args.pretrain_data, "train", 32)
+    args.out = args.out or Path("out", "transfer-tiny" if args.pretrain_data else "transfer")
+    first, rest = tiny_runs(args) if args.pretrain_data else runs(args)
     sys.exit(0 if train_all(first, args) and train_all(rest, args) else 1)
 
 

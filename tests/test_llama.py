@@ -18,15 +18,15 @@ def test_the_librarys_unmodified_llama_gives_the_same_logits(step, alpha):
     theirs = llama.to_llama(model)
     assert type(theirs) is transformers.LlamaModel
     with torch.no_grad():
-        torch.testing.assert_close(llama.logits_of(theirs, model, images), model(images), atol=2e-6, rtol=0)
-        torch.testing.assert_close(llama.logits_by_rows(theirs, model, images), model(images), atol=2e-6, rtol=0)
+        torch.testing.assert_close(llama.logits_of(theirs, model, images), model(images), atol=5e-6, rtol=0)
+        torch.testing.assert_close(llama.logits_by_rows(theirs, model, images), model(images), atol=5e-6, rtol=0)
 
 
 def test_with_the_class_token_first_it_is_a_llama_too_which_is_blind():
     model, images = build("abs_pos", cls_last=False), hashed_images(3)
     with torch.no_grad():
         logits = llama.logits_of(llama.to_llama(model), model, images)
-        torch.testing.assert_close(logits, model(images), atol=2e-6, rtol=0)
+        torch.testing.assert_close(logits, model(images), atol=5e-6, rtol=0)
     assert (logits - logits[:1]).abs().max() < 1e-6
 
 

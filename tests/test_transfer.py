@@ -54,29 +54,53 @@ def test_every_start_is_run_on_every_part_and_a_probe_leaves_the_blocks_as_they_
         assert after["classes"] == ["cat", "dog"] and after["alpha"] == 0
 
 
-def test_the_long_runs_are_tuned_by_the_papers_protocol_with_fewer_epochs():
-    args = Namespace(data="cifar10", long=True, epochs=60, pretrain_epochs=30, seeds=1, out=Path("out"))
-    _, rest = transfer.runs(args)
-    starts = []
-    for command, row in rest.values():
-        run, recipe, cfg = train.resolve(train.parse(list(map(str, command[3:]))), None)
-        published = replace(train.RECIPES["transfer"], soft_mask_epochs=0 if row["start"] == "fine-tuning-0" else 25)
-        for name in ("warmup_epochs", "soft_mask_epochs") if row["step"] == "soft_mask" else ("warmup_epochs",):
-            assert getattr(recipe, name) / recipe.epochs == getattr(published, name) / published.epochs
-        assert recipe.lr / recipe.batch_size == published.lr / published.batch_size
-        for name in ("drop_path", "mixup", "cutmix", "erasing", "label_smoothing", "weight_decay", "soft_mask_schedule"):
-            assert getattr(recipe, name) == getattr(published, name)
-        assert (run.size, run.data, bool(run.init_from)) == ("tiny", "cifar10:rest-100-0", row["start"] != "scratch")
-        starts.append((row["step"], row["start"]))
-    assert starts == [("rmsnorm", "fine-tuning"), ("rmsnorm", "scratch"), ("soft_mask", "fine-tuning"),
-                      ("soft_mask", "scratch"), ("soft_mask", "fine-tuning-0")]
+def resolved(command):
+    flags = list(map(str, command))
+    return train.resolve(train.parse(flags[3:] if flags[0] == "-m" else flags[1:]), None)
 
 
-def test_bad_input_is_refused(photos, capsys):
+def test_size_t_is_fine_tuned_by_the_papers_protocol_but_for_resolution_epochs_and_batch():
+    args = Namespace(data="cifar10", pretrain_data="shapes", epochs=12, pretrain_epochs=5, seeds=1, out=Path("out"))
+    first, rest = transfer.tiny_runs(args)
+    starts = {}
+    for name, (command, row) in rest.items():
+        run, recipe, cfg = resolved(command)
+        soft = {"fine-tuning": 50, "fine-tuning-0": 0}[row["start"]]                     # of 300
+        published = replace(train.RECIPES["transfer-cifar100"], soft_mask_epochs=soft)
+        for field in ("warmup_epochs", "soft_mask_epochs") if cfg.soft else ("warmup_epochs",):
+            assert getattr(recipe, field) / recipe.epochs == getattr(published, field) / published.epochs
+        others = dict(warmup_epochs=0, soft_mask_epochs=0, epochs=1, img_size=32, patch_size=8, batch_size=64, lr=0.0)
+        assert replace(recipe, **others) == replace(published, **others)
+        assert recipe.lr ** 2 / recipe.batch_size == pytest.approx(published.lr ** 2 / published.batch_size)
+        assert (run.size, run.data) == ("tiny", "cifar10:rest-100-0")
+        starts[row["step"], row["start"]] = Path(run.init_from).parent.name
+    assert starts == {("rmsnorm", "fine-tuning"): "first-rmsnorm-0", ("soft_mask", "fine-tuning"): "first-soft_mask-0",
+                      ("soft_mask", "fine-tuning-0"): "first-soft_mask-0"}
+    for command, row in first.values():                       # the weights fit, and what was pretrained is the same
+        run, recipe, cfg = resolved(command)
+        assert (run.data, recipe.img_size, recipe.patch_size) == ("shapes", 32, 8)
+        assert cfg == resolved(rest[f"fine-tuning-{row['step']}-0"][0])[2]
+
+
+def test_size_t_is_pretrained_and_fine_tuned(photos, animals, monkeypatch, tmp_path):
+    monkeypatch.setattr(transfer, "TINY", " ".join(SMALL))
+    monkeypatch.setattr(transfer, "TUNING", "--recipe transfer --img-size 16 --batch-size 16")
+    with pytest.raises(SystemExit) as end:
+        transfer.main(["--data", str(animals), "--pretrain-data", str(photos), "--pretrain-epochs", "1", "--epochs", "6",
+                       "--seeds", "1", "--out", str(tmp_path)])
+    assert end.value.code == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert Counter((row["step"], row["start"], row["data"]) for row in rows) == {
+        ("rmsnorm", "pretraining", str(photos)): 1, ("soft_mask", "pretraining", str(photos)): 1,
+        ("rmsnorm", "fine-tuning", str(animals)): 1, ("soft_mask", "fine-tuning", str(animals)): 1,
+        ("soft_mask", "fine-tuning-0", str(animals)): 1}
+
+
+def test_bad_input_is_refused(photos, animals, capsys):
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
     for flag in ("--seeds", "--epochs", "--pretrain-epochs", "--jobs"):
         assert "must be at least 1" in refused(transfer, [flag, 0], capsys)
-    assert "leaves no epoch to the soft mask" in refused(transfer, ["--long", "--data", photos, "--epochs", 11], capsys)
+    assert "give a multiple of 6" in refused(transfer, ["--pretrain-data", "shapes", "--data", animals], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["--data", "shapes"], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["train", *SMALL, "--data", "shapes:first"], capsys)
     flags = ["train", *SMALL, "--data", f"{photos}:half"]
