@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from data import MEAN, STD, Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
+from downstream.export import draw_attention, export
 from harness.checkpoint import build, describe, open_checkpoint, set_alpha
-from harness.export import draw_attention, export
 from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
 from harness.processes import (DTYPES, all_gather, on_rank_0, once_per_node, print_rank0, progress, setup, shut_down,

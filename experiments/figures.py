@@ -21,8 +21,8 @@ from experiments.properties import OFFSETS, open_conflict, singular_values_for
 from experiments.report import uniform_attention
 from experiments.results import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
 from experiments.transfer import labels_of
+from downstream.export import class_token_attention
 from harness.checkpoint import build, open_checkpoint
-from harness.export import class_token_attention
 from harness.flags import Parser, report_errors, require, shorten
 from model import STEPS, Config, VisionTransformer
 from synthetic.shapes import Shapes

@@ -25,9 +25,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import Images, eval_batches, eval_transform, loader, normalize
+from downstream.export import class_token_attention
 from eval import evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
-from harness.export import class_token_attention
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors, require, shorten
 from harness.processes import setup
