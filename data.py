@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from harness.files import open_folder
 from harness.flags import InputError, require, shorten
 from harness.processes import start_worker
-from synthetic.shapes import DRAWN, Shapes
+from harness.shapes import DRAWN, Shapes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
 DATASETS = (*DRAWN, "cifar10", "cifar100", "flowers102")   # the built-in ones

@@ -2,12 +2,12 @@
 
     python eval.py out/tiny-soft_mask-shapes-1                       # a run's best.pt, on the data it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/last.pt --data PATH   # on PATH/val
-    python eval.py RUN --image cat.jpg --attention cat.png           # its likely classes, and what it looks at
-    python eval.py RUN --export model.pt2                            # or .onnx, .safetensors: for other programs
+    python eval.py RUN --image cat.jpg                               # its likely classes
     python eval.py illama-tiny-in1k-75.0 --data PATH                 # the published weights
     torchrun --nproc_per_node=8 eval.py ...                          # the same numbers, sooner
 
-A checkpoint knows its model, classes and soft mask. The paper's properties are in experiments/properties.py.
+A checkpoint knows its model, classes and soft mask. Export and attention maps are in downstream/, the paper's
+properties in replication/.
 """
 import json
 import math
@@ -17,12 +17,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from data import MEAN, STD, Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
-from downstream.export import draw_attention, export
+from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint, set_alpha
 from harness.files import IMAGENET, imagenet_classes, read_image
 from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
-from harness.processes import (DTYPES, all_gather, on_rank_0, once_per_node, print_rank0, progress, setup, shut_down,
+from harness.processes import (DTYPES, all_gather, once_per_node, print_rank0, progress, setup, shut_down,
                                stop_requests)
 from harness.run import add_eval_flags
 
@@ -106,23 +105,15 @@ def main(argv=None):
     add_eval_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
     parser.add_argument("--image", type=nonempty, help="classify this image alone: print its five most likely classes")
-    parser.add_argument("--attention", type=nonempty, help="with --image: a .png of what the class token attends to")
-    parser.add_argument("--export", type=nonempty, help="write the model as a .pt2, .onnx or .safetensors instead")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     require(not (args.image and args.data), "--image classifies one image alone: drop it, or --data")
-    require(args.image or not args.attention, "--attention is of one image: add --image")
-    require(not args.export or not (args.image or args.data or args.json), "--export writes the model and evaluates "
-            "nothing: drop it, or --image, --data and --json")
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_model(args.checkpoint, device, args.soft_mask)
     if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
         dtype = torch.float32
     transform = partial(eval_transform, size=model.cfg.img_size)
-    if args.export:
-        on_rank_0(export, model, args.export, checkpoint, dict(mean=MEAN, std=STD))
-        return shut_down()
     if args.image:
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
@@ -132,8 +123,6 @@ def main(argv=None):
         [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]), [error])], device, dtype)
         result = most_likely(logits[0], classes)
         lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
-        if args.attention:
-            on_rank_0(draw_attention, model, pixels, normalize(pixels[None].to(device)), args.attention)
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)

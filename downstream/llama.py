@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
-from downstream.select import LLAMA
+from downstream.selection import LLAMA
 from eval import open_model, open_val
 from harness.checkpoint import CHECKPOINT
 from harness.flags import Parser, check_bounds, needs, nonempty, report_errors, require

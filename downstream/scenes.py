@@ -17,9 +17,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from data import FILL, Images
+from downstream.drawn import Scenes
 from harness.files import decode, is_image, read_bytes, read_image
 from harness.flags import InputError, require, shorten
-from synthetic.scenes import Scenes
 
 SPLITS, IGNORED, VOID = ("training", "validation"), -1, 255
 

@@ -72,7 +72,7 @@ def open_safetensors(path):
 
 
 def read_safetensors(path):
-    """Weights, and what `eval.py --export` writes beside them; safetensors holds no code."""
+    """Weights, and what downstream/export.py writes beside them; safetensors holds no code."""
     try:
         weights, metadata = open_safetensors(path)
         about = json.loads(metadata.get("checkpoint", "null"))

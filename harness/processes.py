@@ -277,7 +277,7 @@ def stop_on_signals():
     threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
 
 
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "ILLAMA_LADDER")      # by torchrun, or by experiments/ladder.py
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ILLAMA_LADDER")      # by torchrun, or by replication/ladder.py
 
 
 def listen(reading, writing):            # the latter to keep it open

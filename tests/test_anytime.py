@@ -6,8 +6,9 @@ import torch
 
 import train
 from conftest import SMALL, metrics, refused
-from experiments import anytime
-from experiments.anytime import Reader, on_rows
+from downstream import anytime
+from downstream.anytime import Reader, on_rows
+from replication import anytime as measured
 from test_model import build, hashed_images
 
 exactly_causal = pytest.mark.parametrize("step, alpha", [("ps_cls", None), ("rope", None), ("abs_pos", None), ("soft_log", 0.0)])
@@ -86,7 +87,7 @@ def test_training_on_prefixes_resumes_exactly_and_differs_from_training_on_whole
 def test_measure_and_read_on_a_run(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--step", "abs_pos", "--out", str(tmp_path / "a"), *SMALL])
     capsys.readouterr()
-    anytime.main(["measure", str(tmp_path / "a" / "last.pt"), "--workers", "0", "--out", str(tmp_path / "rows.jsonl")])
+    measured.main([str(tmp_path / "a" / "last.pt"), "--workers", "0", "--out", str(tmp_path / "rows.jsonl")])
     printed = capsys.readouterr().out
     row = json.loads(printed)
     assert printed == (tmp_path / "rows.jsonl").read_text() and (row["run"], row["step"]) == ("a", "abs_pos")
@@ -100,7 +101,7 @@ def test_bad_input_is_refused_in_one_sentence(photos, finished, capsys):
     image = str(next((photos / "val" / "cat").iterdir()))
     said = "reading row by row needs a class token at the end and an exactly causal mask, not 'soft'"
     assert said in refused(anytime, ["read", finished, "--image", image], capsys)
-    assert "give a command, one of train, measure, read" in refused(anytime, [], capsys)
+    assert "give a command, one of train, read" in refused(anytime, [], capsys)
     for step, alpha in (("soft_mask", 0.0), ("soft_log", 0.5), ("rmsnorm", None), ("causal", None)):
         with pytest.raises(ValueError, match="reading row by row needs"):
             Reader(build(step, alpha))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import bench_data, bench_model
+from replication import bench_data, bench_model
 from conftest import DEADLINE, ROOT, environment, metrics, refused
 
 
@@ -43,7 +43,7 @@ def test_bad_flags_are_refused(program, argv, said, capsys):
 
 @pytest.mark.slow
 def test_the_script_for_a_gpu_runs_in_miniature_on_a_cpu(tmp_path):
-    command = ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path, "--small"]
+    command = ["bash", ROOT / "replication" / "gpu.sh", tmp_path, "--small"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE, env=environment(PYTHON=sys.executable, LIMIT="600"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"\d\d passed, \d skipped", ended.stdout) and "failed" not in ended.stdout

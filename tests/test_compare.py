@@ -1,4 +1,4 @@
-"""experiments/compare.py: what a table and a figure of several runs say."""
+"""downstream/compare.py: what a table and a figure of several runs say."""
 import json
 import re
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, metrics, refused
-from experiments import compare
+from downstream import compare
 from model import config
 from train import RECIPES
 
@@ -91,7 +91,7 @@ def test_columns_are_aligned(tmp_path, capsys):
 
 
 def test_a_trained_run_shows_what_its_metrics_say(finished):
-    command = [sys.executable, "-m", "experiments.compare", str(finished)]
+    command = [sys.executable, "-m", "downstream.compare", str(finished)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     rows = metrics(finished)
     best = max(rows, key=lambda row: row["test_acc1"])

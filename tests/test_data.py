@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import (FILL, MEAN, OPERATIONS, STD, Images, erase, eval_batches, eval_transform, fit, loader, mix, normalize,
                   open_data, rand_augment, resized_crop, train_batches, train_transform)
 from harness.files import read_image
-from synthetic.shapes import Shapes
+from harness.shapes import Shapes
 
 
 BICUBIC = InterpolationMode.BICUBIC

@@ -16,6 +16,7 @@ from PIL import Image
 import eval as evaluation
 from conftest import ROOT, by_hand, in_ranks, refused
 from data import open_data
+from downstream import export
 from harness.checkpoint import build, open_checkpoint
 from harness.flags import report_errors
 from model import VisionTransformer, config
@@ -155,7 +156,7 @@ def test_published_weights_are_fetched_by_name_once_and_evaluated(published, pho
 
 def test_published_weights_can_be_exported_and_opened_again(published, photos, tmp_path, capsys):
     pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    printed(["illama-tiny-in1k-75.0", "--export", tmp_path / "a.safetensors"], capsys)
+    export.main(["illama-tiny-in1k-75.0", str(tmp_path / "a.safetensors")])
     losses = [json.loads(printed([source, "--data", photos, "--json"], capsys))["test_loss"]
               for source in ("illama-tiny-in1k-75.0", tmp_path / "a.safetensors")]
     assert losses[0] == losses[1]
@@ -247,7 +248,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--soft-mask", "low"], "argument --soft-mask: invalid float value: 'low'; --help lists the flags"),
     (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--image", "a.png", "--data", "shapes"], "--image classifies one image alone: drop it, or --data"),
-    (["--export", "a.pt2", "--json"], "--export writes the model and evaluates nothing: drop it, or --image, --data"),
     (["--fast"], "unrecognized arguments: --fast; --help lists the flags"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
 ])

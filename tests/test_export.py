@@ -11,6 +11,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import SMALL, environment, load, refused
+from downstream import attention, export
 from harness.checkpoint import build, load_weights, open_checkpoint
 from harness.files import read_image
 from model import VisionTransformer, config
@@ -23,7 +24,7 @@ def logits_of(folder, images):
 
 
 def test_an_exported_program_takes_any_number_of_images(finished, tmp_path):
-    evaluation.main([str(finished), "--export", str(tmp_path / "a.pt2"), "--device", "cpu"])
+    export.main([str(finished), str(tmp_path / "a.pt2")])
     about = dict({"about.json": ""})
     program = torch.export.load(tmp_path / "a.pt2", extra_files=about).module()
     for count in (1, 5):
@@ -35,7 +36,7 @@ def test_an_exported_program_takes_any_number_of_images(finished, tmp_path):
 def test_an_onnx_file_gives_the_same_logits(finished, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    evaluation.main([str(finished), "--export", str(tmp_path / "a.onnx"), "--device", "cpu"])
+    export.main([str(finished), str(tmp_path / "a.onnx")])
     file = onnx.load(tmp_path / "a.onnx")
     from onnx.reference import ReferenceEvaluator
     for count in (1, 3):
@@ -47,7 +48,7 @@ def test_an_onnx_file_gives_the_same_logits(finished, tmp_path):
 
 def test_safetensors_are_a_checkpoint_wherever_one_is_taken(photos, finished, tmp_path, capsys):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    evaluation.main([str(finished), "--export", str(tmp_path / "a.safetensors"), "--device", "cpu"])
+    export.main([str(finished), str(tmp_path / "a.safetensors")])
     found = []
     for source in (finished, tmp_path / "a.safetensors"):
         capsys.readouterr()
@@ -66,20 +67,19 @@ def test_safetensors_are_a_checkpoint_wherever_one_is_taken(photos, finished, tm
 
 def test_exporting_overwrites_nothing_and_names_its_kinds(finished, tmp_path, capsys):
     (tmp_path / "a.pt2").write_text("mine")
-    assert "a.pt2 exists: give another name" in refused(evaluation, [finished, "--export", tmp_path / "a.pt2"], capsys)
-    assert "ends in one of .pt2, .onnx, .safetensors" in refused(evaluation, [finished, "--export", tmp_path / "a.pth"], capsys)
+    assert "a.pt2 exists: give another name" in refused(export, [finished, tmp_path / "a.pt2"], capsys)
+    assert "ends in one of .pt2, .onnx, .safetensors" in refused(export, [finished, tmp_path / "a.pth"], capsys)
 
 
 def test_attention_over_a_picture_is_drawn_block_by_block(photos, finished, tmp_path, capsys):
     image = photos / "val" / "cat" / "00.png"
-    evaluation.main([str(finished), "--image", str(image), "--attention", str(tmp_path / "a.png"), "--device", "cpu"])
+    attention.main([str(finished), str(image), str(tmp_path / "a.png")])
     page = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     assert page.shape == (224, 3 * 224, 3)
     whole, *blocks = np.split(page, 3, axis=1)
     for block in blocks:
         assert (block <= whole + 1).all() and (np.abs(block - whole).max(-1) <= 2).any() and (block < whole // 2).any()
-    capsys.readouterr()
-    assert "add --image" in refused(evaluation, [finished, "--attention", "a.png"], capsys)
+    assert "a.jpg: give a name that ends in .png" in refused(attention, [finished, image, tmp_path / "a.jpg"], capsys)
 
 
 def test_a_single_picture_is_turned_as_its_exif_says_and_a_data_set_is_not(tmp_path):

@@ -361,7 +361,7 @@ class Told(list):
         print("asked", flush=True)
 
 processes.time = types.SimpleNamespace(monotonic=lambda: float(clock.read_text()))
-processes.stop_requests = Told(["a run that failed"])            # as experiments.ladder does: not a signal
+processes.stop_requests = Told(["a run that failed"])            # as replication.ladder does: not a signal
 processes.stop_on_signals()
 processes.at_stake.set()
 print("ready", flush=True)

@@ -17,7 +17,7 @@ import model as architecture
 import train
 from conftest import DEADLINE, ROOT, SMALL, environment, equal, load, metrics
 from downstream import segment
-from experiments import anytime
+from downstream import anytime
 from harness import processes
 from harness import run as harness_run
 from model import VisionTransformer, config

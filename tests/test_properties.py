@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import by_hand, in_ranks, refused
 from data import eval_transform, normalize, open_data
-from experiments import properties
-from experiments.properties import categories, open_conflict
+from replication import properties
+from replication.properties import categories, open_conflict
 from harness.checkpoint import build
 from model import VisionTransformer, config
-from synthetic.shapes import TEXTURES, Shapes
+from harness.shapes import TEXTURES, Shapes
 
 
 def measured(capsys, checkpoint, *flags):
@@ -365,7 +365,7 @@ def test_the_rank_of_a_checkpoint_is_that_on_images_as_the_model_takes_them(phot
 
 
 def test_properties_of_all_images_are_measured_in_one_process(finished):
-    code, _, errors = in_ranks(2, "-m", "experiments.properties", finished / "best.pt", "--measure", "rank")
+    code, _, errors = in_ranks(2, "-m", "replication.properties", finished / "best.pt", "--measure", "rank")
     assert code and "error: rows are measured in one process: use python, not torchrun" in errors
 
 

@@ -13,7 +13,7 @@ import model
 import train
 from conftest import DEADLINE, ROOT, SMALL
 from downstream import segment
-from experiments import report
+from replication import report
 from model import STEPS, VisionTransformer, config
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
@@ -24,7 +24,7 @@ for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", 
 
 def test_tables_are_made_from_the_results():
     for page, text in PAGES.items():
-        assert report.written(text) == text, f"{page}: run python -m experiments.report"
+        assert report.written(text) == text, f"{page}: run python -m replication.report"
     marks = re.findall(r"^<!-- (?!end)([\w-]+) -->$", "\n".join(PAGES.values()), re.M)
     assert len(marks) == len(set(marks))
     assert {name for name in set(report.PARTS) - set(marks) if not name.startswith(("speed-", "memory-"))} == set()
@@ -78,9 +78,9 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_the_figures_that_the_pages_show_are_those_that_exist():
-    shown = set(re.findall(r"assets/([\w.-]+)", "\n".join(PAGES.values())))
-    assert shown == {path.name for path in (ROOT / "assets").iterdir()}
-    drawn = re.findall(r"^def draw_(\w+)", (ROOT / "experiments" / "figures.py").read_text(), re.M)
+    shown = set(re.findall(r"images/([\w.-]+\.(?:png|svg))", "\n".join(PAGES.values())))
+    assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    drawn = re.findall(r"^def draw_(\w+)", (ROOT / "replication" / "figures.py").read_text(), re.M)
     assert shown == {"blocks.svg", *(f"{name}.png" for name in drawn)}
 
 
@@ -91,7 +91,7 @@ def test_code_fits_the_page():
                 assert max(map(len, block.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("command", re.findall(r"^(?![A-Z]+=)[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|experiments.\w+ (?:train|control))(.*?)(?:#.*)?$",
+@pytest.mark.parametrize("command", re.findall(r"^(?![A-Z]+=)[^`\n]*(?:python|torchrun)[^\n]* (?:train.py|replication.\w+ (?:train|control))(.*?)(?:#.*)?$",
                                                COMMANDS, re.M))
 def test_training_commands_have_flags_that_exist(command):
     train.parse(shlex.split(command))
@@ -103,19 +103,18 @@ def test_segmentation_commands_have_flags_that_exist(command):
 
 
 def test_other_commands_have_flags_that_exist():
-    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|(?:experiments|benchmarks)\.\w+\b(?! train| control)"
-                          r"|downstream\.select|downstream\.llama|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
-    assert {file for file, _ in commands} == {"eval.py", *(f"experiments.{name}" for name in (
-        "ladder", "properties", "compare", "figures", "report", "anytime", "where", "select", "transfer", "quantize")),
-        *(f"benchmarks.{name}" for name in ("bench_model", "bench_data")),
-        "downstream.select", "downstream.segment", "downstream.llama"}
+    commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|replication\.\w+\b(?! train| control)"
+                          r"|downstream\.(?!segment|anytime train)\w+|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
+    assert {file for file, _ in commands} == {"eval.py", *(f"replication.{name}" for name in (
+        "ladder", "properties", "figures", "report", "anytime", "where", "starts", "transfer", "quantize", "bench_model", "bench_data")),
+        *(f"downstream.{name}" for name in ("compare", "export", "attention", "anytime", "selection", "segment", "llama"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
-        shares = {"eval.py": "harness/run.py", "experiments.properties": "harness/run.py",
-                  "experiments.anytime": "experiments/properties.py",
-                  "experiments.select": "experiments/ladder.py",
-                  "experiments.quantize": "experiments/ladder.py",
-                  "experiments.transfer": "experiments/ladder.py"}                   # the flags of another program
+        shares = {"eval.py": "harness/run.py", "replication.properties": "harness/run.py",
+                  "replication.anytime": "replication/properties.py",
+                  "replication.starts": "replication/ladder.py",
+                  "replication.quantize": "replication/ladder.py",
+                  "replication.transfer": "replication/ladder.py"}                   # the flags of another program
         source += (ROOT / shares[file]).read_text() if file in shares else ""
         for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", flags):
             assert f'"{flag}"' in source, f"{file} {flag}"
@@ -130,7 +129,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
         shutil.copytree(folder, folder.with_name(f"{step}-0-label-smoothing-0"))
     for name in ("cue", "centred"):
         shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / name)
-    commands = re.findall(r"^python -m experiments\.properties out/.*$", COMMANDS, re.M)
+    commands = re.findall(r"^python -m replication\.properties out/.*$", COMMANDS, re.M)
     script = re.sub(r"\{\d,\d,\d\}", "0", "\n".join(commands)).replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
     script = re.sub(r"\{\w+,\w*soft_log[\w,]*\}|\{rmsnorm[\w,]*\}", "soft_mask", script)
     script = script.replace("python -m", f"{sys.executable} -m").replace("shape_bias", f"shape_bias --cue {tmp_path / 'images'}")
@@ -146,4 +145,4 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
 
 
 def test_nothing_that_a_reader_runs_writes_to_the_rows_of_these_pages():
-    assert not re.search(r"(--out|--out-rows|--draw|--plot|>>) (results|assets)/", COMMANDS)
+    assert not re.search(r"(--out|--out-rows|--draw|--plot|>>) (replication|docs)/", COMMANDS)

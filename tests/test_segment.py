@@ -15,10 +15,10 @@ from downstream import segment
 from downstream.scenes import Annotated, AnnotatedFolder, crop, distort, open_scenes, train_transform
 from downstream.segment import RECIPES, lr_at, make_optimizer, open_segmenter
 from downstream.segmenter import Segmenter, UPerNet, confusion, evaluate, pixel_loss, predict, scores, slide, starts
-from experiments import where
+from replication import where
 from harness.run import RunFolder
 from model import STEPS, config
-from synthetic.scenes import Scenes
+from downstream.drawn import Scenes
 from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 CLASSES = ["red", "green", "blue"]

@@ -10,8 +10,8 @@ import pytest
 import train
 from conftest import SMALL, load, refused
 from data import open_data
-from experiments import transfer
-from experiments.transfer import Part, open_part
+from replication import transfer
+from replication.transfer import Part, open_part
 
 
 def test_the_halves_share_no_class_and_number_their_own_from_0(animals):

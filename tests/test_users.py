@@ -17,7 +17,7 @@ import train
 from conftest import DEADLINE, ROOT, SMALL, Program, environment, in_ranks, load, refused, wait_until
 from downstream import segment
 from downstream.scenes import open_scenes, read_annotation, read_classes
-from experiments import ladder
+from replication import ladder
 from harness.files import IMAGENET, imagenet_classes, open_folder, read_image
 
 
@@ -345,8 +345,8 @@ if __name__ == "__main__":
     assert ended.returncode == 0 and "done    top-1" in ended.stdout, ended.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "downstream.segment", "downstream.select", "benchmarks.bench_model", "benchmarks.bench_data",
-                                    *(f"experiments.{name}" for name in ("ladder", "properties", "compare", "select", "transfer", "where", "quantize"))])
+@pytest.mark.parametrize("module", ["train", "eval", "downstream.segment", "downstream.selection", "downstream.compare", "replication.bench_model", "replication.bench_data",
+                                    *(f"replication.{name}" for name in ("ladder", "properties", "anytime", "starts", "transfer", "where", "quantize"))])
 def test_programs_work_without_docstrings(module, tmp_path):
     (tmp_path / "program.py").write_text(f"import sys, {module} as program\nprogram.__doc__ = None\nprogram.main(['--help'])")
     code, said, errors = Program(tmp_path / "program.py").wait()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from synthetic.shapes import SHAPES, TEXTURES, coordinates, draw_background, draw_shape, to_image
+from harness.shapes import SHAPES, TEXTURES, coordinates, draw_background, draw_shape, to_image
 
 
 class Scenes(Dataset):

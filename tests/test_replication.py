@@ -1,4 +1,4 @@
-"""The experiments: what was run is not run again, and what the report says follows from the rows."""
+"""The study: what was run is not run again, and what the report says follows from the rows."""
 import json
 import os
 import re
@@ -10,16 +10,17 @@ import pytest
 
 import train
 from conftest import DEADLINE, ROOT, SMALL, refused, wait_until
-from experiments import ladder as program
-from experiments import figures, report, results
-from experiments.ladder import PUBLISHED, VARIANTS
+from replication import ladder as program
+from replication import figures, report
+from replication import rows as results
+from replication.ladder import PUBLISHED, VARIANTS
 
 
 def ladder(tmp_path, data, seeds, *more, epochs=2, wait=True):
     """The ladder with runs of seconds."""
     program = f"""
 import sys
-from experiments import ladder
+from replication import ladder
 sys.argv = ["ladder.py", "--data", {str(data)!r}, "--steps", "vit", "soft_log", "--seeds", "{seeds}", "--jobs", "2",
             "--epochs", "{epochs}", "--out", {str(tmp_path / "runs")!r}]
 ladder.FLAGS = {" ".join(SMALL)!r}

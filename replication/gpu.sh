@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The program's main job on a GPU: tested, timed and run.
 #
-#   bash benchmarks/gpu.sh OUT                        # all parts, about 15 minutes on one H100
-#   bash benchmarks/gpu.sh OUT tests speed            # some of them: tests, compile, speed, train, ladder
-#   bash benchmarks/gpu.sh OUT --small                # a dry run on a CPU, 3 minutes of 2 cores
+#   bash replication/gpu.sh OUT                        # all parts, about 15 minutes on one H100
+#   bash replication/gpu.sh OUT tests speed            # some of them: tests, compile, speed, train, ladder
+#   bash replication/gpu.sh OUT --small                # a dry run on a CPU, 3 minutes of 2 cores
 #
 # Nothing is downloaded. CIFAR-10 is the folder $CIFAR10, by default datasets/cifar10/, with train/ and val/ of class
 # folders; where there is none, datasets/cifar10.tar.gz is unpacked. Photos are those of the folder $PHOTOS, laid out in
@@ -21,7 +21,7 @@ for word in "$@"; do
         *) out=${out:-$word} ;;
     esac
 done
-[ -n "$out" ] || { echo "error: give the folder for the rows: bash benchmarks/gpu.sh OUT" >&2; exit 2; }
+[ -n "$out" ] || { echo "error: give the folder for the rows: bash replication/gpu.sh OUT" >&2; exit 2; }
 [ ${#parts[@]} -gt 0 ] || parts=(tests compile speed train ladder)
 mkdir -p "$out"
 python=${PYTHON:-python3}
@@ -48,7 +48,7 @@ tests() {
 model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jsonl
     local name=$1
     shift
-    run "$python" -m benchmarks.bench_model --device $device --out "$out/speed-$name.jsonl" "$@"
+    run "$python" -m replication.bench_model --device $device --out "$out/speed-$name.jsonl" "$@"
 }
 
 compiled() {    # a size, a batch size, models and image sizes that are compiled for it, as flags
@@ -65,7 +65,7 @@ compile() {    # each model in a process of its own, into torch's cache on disk,
         read -r name size batch models img_sizes <<< "$line"
         for one in ${models//,/ }; do
             for img_size in ${img_sizes//,/ }; do
-                run "$python" -m benchmarks.bench_model --device $device $(compiled $size $batch $one $img_size) --repeats 1 &
+                run "$python" -m replication.bench_model --device $device $(compiled $size $batch $one $img_size) --repeats 1 &
             done
         done
         [ $name != tokens ] || wait                 # all at once they take more than 80 GB
@@ -94,7 +94,7 @@ photos() {    # the folder of photos, made if there is none
     local count=$1
     if [ -z "${PHOTOS:-}" ]; then
         PHOTOS=$out/photos
-        [ -d "$PHOTOS/train" ] || run "$python" -m benchmarks.bench_data "$PHOTOS" --make "$count" --images 0 --repeats 1 --models ours
+        [ -d "$PHOTOS/train" ] || run "$python" -m replication.bench_data "$PHOTOS" --make "$count" --images 0 --repeats 1 --models ours
     fi
 }
 
@@ -110,7 +110,7 @@ train() {
     fi
     run "$python" -m torch.distributed.run --standalone train.py --size tiny --out "$out/first" --resume
     photos 102400                                   # 200 iterations of 512
-    run "$python" -m benchmarks.bench_data "$PHOTOS" --workers "$(nproc)" --models ours --repeats 1 --batch-size 128 --images 640 \
+    run "$python" -m replication.bench_data "$PHOTOS" --workers "$(nproc)" --models ours --repeats 1 --batch-size 128 --images 640 \
         --out "$out/data.jsonl"
     run "$python" train.py --data "$PHOTOS" --size tiny $flags --micro-batch 512 --out "$out/photos-tiny" --resume
     run "$python" train.py --data "$PHOTOS" --size base $flags --micro-batch 256 --out "$out/photos-base" --resume
@@ -125,7 +125,7 @@ ladder() {
     elif [ ! -d "$data/train" ] && [ -f datasets/cifar10.tar.gz ]; then
         mkdir -p "$data" && tar xzf datasets/cifar10.tar.gz -C "$data" --strip-components=1
     fi
-    local program=("$python" -m experiments.ladder $long --data "$data" --device $device --jobs "$jobs")
+    local program=("$python" -m replication.ladder $long --data "$data" --device $device --jobs "$jobs")
     [ -z "${STEPS:-}" ] || groups=("$STEPS") seeds=1
     if [ -z "$epochs" ]; then
         # A pilot: how long does an epoch of so many runs at once take, its evaluation included, once they are compiled?
@@ -148,7 +148,7 @@ END
         done
     done
     # Curves; without matplotlib the rows are all there is.
-    "$python" -m experiments.compare "$out/ladder-$epochs"/*/metrics.jsonl --plot "$out/ladder-$epochs.png" || true
+    "$python" -m downstream.compare "$out/ladder-$epochs"/*/metrics.jsonl --plot "$out/ladder-$epochs.png" || true
 }
 
 nvidia-smi -L 2>/dev/null | tee -a "$out/log.txt"

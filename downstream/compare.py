@@ -1,8 +1,8 @@
 """Compare runs: which settings they differ in, and what came of it.
 
-    python -m experiments.compare out/vit out/causal                     # a table, one row per run
-    python -m experiments.compare out/* --plot curves.png                # their curves as well (needs matplotlib)
-    python -m experiments.compare out/tiny illama-tiny-in1k-75.0.txt     # beside a published log
+    python -m downstream.compare out/vit out/causal                     # a table, one row per run
+    python -m downstream.compare out/* --plot curves.png                # their curves as well (needs matplotlib)
+    python -m downstream.compare out/tiny illama-tiny-in1k-75.0.txt     # beside a published log
 
 RUN is a run's folder, or a file with a line of JSON per epoch: a metrics.jsonl or a published log. Settings come from
 config.json: what data, model and recipe, and which flags changed these. Epochs count from 0. The highest top-1 is taken

@@ -1,9 +1,9 @@
 """Is weight selection worth it? Smaller models that start from some of a larger one's weights, and random ones beside.
 
-    python -m experiments.select --data cifar10      # 13 runs; stopped and started again, it continues
-    python -m experiments.select --data cifar10 --other-classes      # the larger model has seen half of them alone
+    python -m replication.starts --data cifar10      # 13 runs; stopped and started again, it continues
+    python -m replication.starts --data cifar10 --other-classes      # the larger model has seen half of them alone
 
-See downstream/select.py for the two rules. `permuted` is a control: the weights of `uniform`, shuffled within each
+See downstream/selection.py for the two rules. `permuted` is a control: the weights of `uniform`, shuffled within each
 tensor. With --other-classes the smaller models are trained on the second half. A row has the accuracy after each epoch.
 """
 import sys
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from data import seed_of
-from downstream import select
-from experiments.ladder import ROOT, parse_runs, parser_of_runs, train_all
-from experiments.transfer import open_part
+from downstream import selection
 from harness.checkpoint import open_checkpoint
 from harness.flags import report_errors
 from harness.run import store
+from replication.ladder import ROOT, parse_runs, parser_of_runs, train_all
+from replication.transfer import open_part
 
 # Flags of train.py for all, for the larger model, and for the smaller ones
 FLAGS = "--batch-size 64 --lr 1e-3 --dtype bfloat16 --compile"
@@ -39,10 +39,10 @@ def make_start(start, larger, path, seed):
     """Write the checkpoint that a smaller model starts from."""
     flags = [str(larger), *SMALLER.split(), "--seed", str(seed)]
     if start != "permuted":
-        select.main([*flags, "--rule", start, "--out", str(path)])
+        selection.main([*flags, "--rule", start, "--out", str(path)])
         return
     selected = path.with_suffix(".selected.pt")
-    select.main([*flags, "--rule", "uniform", "--out", str(selected)])
+    selection.main([*flags, "--rule", "uniform", "--out", str(selected)])
     checkpoint = open_checkpoint(selected)
     permute(checkpoint, seed)
     store(dict(checkpoint), path)
@@ -74,14 +74,14 @@ def train_smaller(args, starts, larger, program, suffix=""):
 
 @report_errors()
 def main(argv=None):
-    parser = parser_of_runs("select", __doc__, Path("out", "select"))
+    parser = parser_of_runs("starts", __doc__, Path("out", "select"))
     parser.add_argument("--larger-epochs", type=int, default=4)
     parser.add_argument("--other-classes", action="store_true", help="the larger model is trained on half of the "
                         "classes, the smaller ones on the others")
     args = parse_runs(parser, argv)
     if args.other_classes:
         open_part(f"{args.data}:first", "train", 32)                 # refused now if these data have no parts
-        program = ["-m", "experiments.transfer", "train", "--data"]
+        program = ["-m", "replication.transfer", "train", "--data"]
         done = (train_larger(args, "larger-other", [*program, f"{args.data}:first"])
                 and train_smaller(args, OTHERS, "larger-other", [*program, f"{args.data}:rest-100-0"], "-other"))
     else:

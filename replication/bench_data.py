@@ -1,8 +1,8 @@
 """How many training images a second the cores prepare, from the file to the batch, beside timm's pipeline.
 
-    python -m benchmarks.bench_data PATH --out out/data.jsonl          # one core, images in PATH/train/CLASS/
-    python -m benchmarks.bench_data PATH --workers 16 --models ours    # what that many data-loading workers deliver
-    python -m benchmarks.bench_data PATH --make 100000                 # with photos that are drawn into PATH first
+    python -m replication.bench_data PATH --out out/data.jsonl          # one core, images in PATH/train/CLASS/
+    python -m replication.bench_data PATH --workers 16 --models ours    # what that many data-loading workers deliver
+    python -m replication.bench_data PATH --make 100000                 # with photos that are drawn into PATH first
 
 Both read the same images with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
 pipeline (pip install --no-deps timm==0.5.4) normalises and erases each image, ours leaves that to the device, a batch
@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-from benchmarks.bench_model import medians_in_turns, peer
 from data import MEAN, STD, Images, loader, train_batches, train_transform
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors
 from harness.run import append_row
+from replication.bench_model import medians_in_turns, peer
 
 DIFFERENT = 256                    # drawn photos; the others are links to them
 
@@ -80,7 +80,7 @@ def ways_to_load(args):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m benchmarks.bench_data", description=__doc__)
+    parser = Parser(prog="python -m replication.bench_data", description=__doc__)
     parser.add_argument("path", type=Path, help="folder with train/ of class folders")
     parser.add_argument("--make", type=int, default=0, help="make the folder, with so many training images")
     parser.add_argument("--models", nargs="+", choices=("timm", "ours"), default=["timm", "ours"])

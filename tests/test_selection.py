@@ -8,9 +8,9 @@ import torch
 
 import train
 from conftest import SMALL, load, refused
-from downstream import select
-from downstream.select import LLAMA, channels, places, read_llama, select_weights
-from experiments import select as comparison
+from downstream import selection
+from downstream.selection import LLAMA, channels, places, read_llama, select_weights
+from replication import starts as comparison
 from harness.checkpoint import CHECKPOINT, build, open_checkpoint, resize_positions, validate
 from model import VisionTransformer, config, rope_table, rotate
 from test_model import hashed, hashed_weights
@@ -169,7 +169,7 @@ def test_aligned_queries_and_keys_of_llama_attend_as_in_the_library(tmp_path):
 
 def make_small(tmp_path, *flags, source="larger.pt"):
     """The program: a checkpoint of a model like SMALLER."""
-    select.main([str(flag) for flag in (tmp_path / source, "--size", "nano", "--depth", 2, *flags, "--out", tmp_path / "small.pt")])
+    selection.main([str(flag) for flag in (tmp_path / source, "--size", "nano", "--depth", 2, *flags, "--out", tmp_path / "small.pt")])
     return load(tmp_path / "small.pt")
 
 
@@ -271,9 +271,9 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
         ("nowhere", [], "no checkpoint at"),
     ]:
         flags = [tmp_path / source, "--size", "nano", "--depth", 2, *more, "--out", tmp_path / "small.pt"]
-        assert said in refused(select, flags, capsys), (source, more)
+        assert said in refused(selection, flags, capsys), (source, more)
     assert not (tmp_path / "small.pt").exists()
-    assert "required: --size, --out" in refused(select, [tmp_path / "larger.pt"], capsys)
+    assert "required: --size, --out" in refused(selection, [tmp_path / "larger.pt"], capsys)
     assert "unrecognized arguments: --select uniform" in refused(train, ["--select", "uniform"], capsys)
 
 

@@ -1,9 +1,9 @@
 """The properties that the paper claims of iLLaMA, measured on any checkpoint beside its accuracy.
 
-    python -m experiments.properties out/ladder-3/*-0/last.pt --measure calibration rank int8
-    python -m experiments.properties out/a --measure attention leak
-    python -m experiments.properties CHECKPOINT --measure shape_bias --cue DIR     # DIR/SHAPE/shapeN-textureN.png
-    python -m experiments.properties illama-tiny-in1k-75.0 --data PATH --measure macs
+    python -m replication.properties out/ladder-3/*-0/last.pt --measure calibration rank int8
+    python -m replication.properties out/a --measure attention leak
+    python -m replication.properties CHECKPOINT --measure shape_bias --cue DIR     # DIR/SHAPE/shapeN-textureN.png
+    python -m replication.properties illama-tiny-in1k-75.0 --data PATH --measure macs
 
 Each checkpoint gives one line of JSON; --out appends it to a file as well. All is computed in float32, in one process.
 
@@ -25,15 +25,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import Images, eval_batches, eval_transform, loader, normalize
-from downstream.export import class_token_attention
+from downstream.attention import class_token_attention
 from eval import evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, report_errors, require, shorten
 from harness.processes import setup
 from harness.run import add_eval_flags, append_row
+from harness.shapes import DRAWN, Shapes
 from model import VisionTransformer
-from synthetic.shapes import DRAWN, Shapes
 
 CUE = ("shapes-cue", "shapes-cue-centred")
 
@@ -363,7 +363,7 @@ def one_process(device):
 
 def parser_of_checkpoints(program, description):
     """The flags of programs that measure a row for each checkpoint."""
-    parser = Parser(prog=f"python -m experiments.{program}", description=description)
+    parser = Parser(prog=f"python -m replication.{program}", description=description)
     parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
     add_eval_flags(parser)
     parser.add_argument("--out", help="append the rows to this file")

@@ -1,8 +1,8 @@
 """What is pretraining on some classes worth for others, by how many labelled images there are of these?
 
-    python -m experiments.transfer --data cifar10      # all runs; stopped and started again, it continues
-    python -m experiments.transfer --data cifar10 --pretrain-data shapes --epochs 6      # as the paper, in small
-    python -m experiments.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
+    python -m replication.transfer --data cifar10      # all runs; stopped and started again, it continues
+    python -m replication.transfer --data cifar10 --pretrain-data shapes --epochs 6      # as the paper, in small
+    python -m replication.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
 
 The first half of a data set's classes is for pretraining; on parts of the other half a model is trained from scratch,
 fine-tuned, and probed linearly. eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
@@ -19,10 +19,10 @@ from torchvision.datasets import CIFAR10
 
 import train
 from data import open_data
-from experiments.ladder import ROOT, parse_runs, parser_of_runs, train_all
 from harness.files import ImageFolder
 from harness.flags import nonempty, report_errors, require
 from harness.processes import stop_on_signals
+from replication.ladder import ROOT, parse_runs, parser_of_runs, train_all
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3"
 TINY = "--size tiny --dtype bfloat16 --compile"
@@ -78,7 +78,7 @@ def runs(args):
     first, rest = {}, {}
     for seed in range(args.seeds):
         for step, alpha_0 in COMPARED.items():
-            shared = ["-m", "experiments.transfer", "train", *FLAGS.split(), "--step", step, "--seed", str(seed)]
+            shared = ["-m", "replication.transfer", "train", *FLAGS.split(), "--step", step, "--seed", str(seed)]
             row = dict(data=args.data, step=step, seed=seed)
             name = f"first-{step}-{seed}"
             first[name] = ([*shared, "--data", f"{args.data}:first", "--epochs", str(args.pretrain_epochs)],
@@ -108,7 +108,7 @@ def tiny_runs(args):
             first[name] = ([ROOT / "train.py", *shared, "--data", args.pretrain_data, "--recipe", "small-data",
                             "--epochs", str(args.pretrain_epochs)],
                            row | dict(data=args.pretrain_data, start="pretraining", epoch=args.pretrain_epochs - 1))
-            tuning = ["-m", "experiments.transfer", "train", *shared, *TUNING.split(),
+            tuning = ["-m", "replication.transfer", "train", *shared, *TUNING.split(),
                       "--data", f"{args.data}:rest-100-{seed}", "--init-from", args.out / name / "last.pt",
                       "--epochs", str(args.epochs), "--warmup-epochs", sixth]
             starts = {"fine-tuning": ["--soft-mask-epochs", sixth] if alpha_0 else []}

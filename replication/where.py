@@ -1,6 +1,6 @@
 """Where in an image does a causal mask cost accuracy? mIoU and pixel accuracy by row and by column.
 
-    python -m experiments.where out/segment/*/last.pt --out out/where.jsonl
+    python -m replication.where out/segment/*/last.pt --out out/where.jsonl
 
 Measured twice: over whole images, predicted by overlapping windows as in evaluation, in eight bands; and over the
 windows, each on its own, by the rows and columns of its patches, as the sequence begins anew in each window.
@@ -15,9 +15,9 @@ from tqdm import tqdm
 from data import check_readable
 from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
-from experiments.properties import one_process
 from harness.flags import Parser, overrides, report_errors
 from harness.run import append_row
+from replication.properties import one_process
 
 BANDS = 8    # of whole images
 
@@ -66,7 +66,7 @@ def measure(model, batches, short_side):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m experiments.where", description=__doc__)
+    parser = Parser(prog="python -m replication.where", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="runs of downstream.segment")
     parser.add_argument("--data", help="a folder in ADE20K's layout; default: each run's own")
     parser.add_argument("--out", help="append the rows to this file")

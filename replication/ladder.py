@@ -1,10 +1,10 @@
 """The ladder on CIFAR-10: every step and its variants with several seeds, each a plain run of train.py.
 
-    python -m experiments.ladder               # stopped and started again, it continues
-    python -m experiments.ladder --seeds 5     # two more of each: only what is missing is run
-    python -m experiments.ladder --epochs 10   # longer runs, in a folder of their own
-    python -m experiments.ladder --with="--lr 5e-4" --steps vit swiglu           # more flags of train.py, for all runs
-    python -m experiments.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
+    python -m replication.ladder               # stopped and started again, it continues
+    python -m replication.ladder --seeds 5     # two more of each: only what is missing is run
+    python -m replication.ladder --epochs 10   # longer runs, in a folder of their own
+    python -m replication.ladder --with="--lr 5e-4" --steps vit swiglu           # more flags of train.py, for all runs
+    python -m replication.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
 
 A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
 stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare. Rows of
@@ -67,7 +67,7 @@ VARIANTS = {
                              "--step soft_mask --soft-mask-schedule constant"),
     "soft_log": Variant("a soft mask that does not leak", "soft_mask", "--step soft_mask --mask soft_log"),
 }
-PUBLISHED = [json.loads(line) for line in (ROOT / "results" / "published-tables.jsonl").read_text().splitlines()]
+PUBLISHED = [json.loads(line) for line in (ROOT / "replication" / "results" / "published-tables.jsonl").read_text().splitlines()]
 for row in PUBLISHED:                     # Table 17, and Table 1 for `modified`
     if row["row"] in VARIANTS:
         VARIANTS[row["row"]] = replace(VARIANTS[row["row"]], published=row["tiny"], published_loss=row["tiny_loss"],
@@ -152,7 +152,7 @@ def train_all(runs, args, curve=False):
 
 def parser_of_runs(program, description, out=None):
     """The flags of programs that make many runs."""
-    parser = Parser(prog=f"python -m experiments.{program}", description=description)
+    parser = Parser(prog=f"python -m replication.{program}", description=description)
     parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")

@@ -1,14 +1,14 @@
 """The rows in results/, by what was run; which of their differences are more than noise; and what they are called.
 
-ladder.jsonl has rows of experiments/ladder.py, ladder-with.jsonl those with other flags, ladder-long.jsonl those of
+ladder.jsonl has rows of replication/ladder.py, ladder-with.jsonl those with other flags, ladder-long.jsonl those of
 runs of `epochs` epochs that were stopped after epoch `epoch`; properties.jsonl, rank.jsonl, landscape.jsonl,
-label-smoothing.jsonl, collapse.jsonl, shape-bias*.jsonl and leak.jsonl those of experiments/properties.py on its runs,
-anytime.jsonl those of experiments/anytime.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of
+label-smoothing.jsonl, collapse.jsonl, shape-bias*.jsonl and leak.jsonl those of replication/properties.py on its runs,
+anytime.jsonl those of downstream/anytime.py; cifar10-20-epochs.jsonl and segment.jsonl have the last row of
 metrics.jsonl of each run of train.py and downstream/segment.py, camvid-multi-scale.jsonl what the latter's
 `eval --json` prints; where.jsonl, transfer.jsonl, select.jsonl and quantize.jsonl rows of the programs of these names,
 transfer-tiny.jsonl those of transfer with --pretrain-data; NAME-upside-down.jsonl are of images upside down. Other
 NAME.jsonl are the metrics.jsonl of the run NAME as it was left; demo.jsonl the two runs of the README's quick start;
-speed/ has rows of the programs in benchmarks/. published-tables.jsonl holds figures of the paper, each with its table
+speed/ has rows of the programs in replication/. published-tables.jsonl holds figures of the paper, each with its table
 or figure, published.jsonl the best epoch of each of the authors' logs whose weights are published.
 """
 import json
@@ -17,14 +17,14 @@ from statistics import fmean, stdev
 
 import torch
 
-from experiments.ladder import ROOT, VARIANTS, step_flags
-from experiments.transfer import COMPARED
 from model import STEPS
+from replication.ladder import ROOT, VARIANTS, step_flags
+from replication.transfer import COMPARED
 from train import parse
 
 
 def rows(name):
-    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (ROOT / "replication" / "results" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def matching(name, **fields):
@@ -153,5 +153,5 @@ def read_by(name, key):
 
 
 def segmented(name, step, pretrained):
-    """The rows of downstream.segment or experiments.where, a seed each, from CIFAR-10's weights or without."""
+    """The rows of downstream.segment or replication.where, a seed each, from CIFAR-10's weights or without."""
     return [row for row in rows(name) if step_of(row) == step and bool(row["init_from"]) == pretrained]

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, made from the rows in results/: python -m experiments.report
+"""The tables of README.md and the pages, made from the rows in results/: python -m replication.report
 
 A table stands between the marks <!-- NAME --> and <!-- end -->, and PARTS says what makes it. All other text, and the
 tables without marks, are written by hand.
@@ -9,13 +9,13 @@ from statistics import fmean, stdev
 
 import torch
 
-from experiments.ladder import PUBLISHED, VARIANTS, title_of
-from experiments.properties import OFFSETS, multiply_accumulates, singular_values_for
-from experiments.results import (EPOCHS, MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step,
+from model import SIZES, VisionTransformer, config
+from replication.ladder import PUBLISHED, VARIANTS, title_of
+from replication.properties import OFFSETS, multiply_accumulates, singular_values_for
+from replication.rows import (EPOCHS, MODELS, READ, ROOT, RUNS, SEGMENTED, STARTS, TRANSFERRED, by_step,
                                  comparisons, interval, ladder, matching, read_by, rows, seeds_of, segmented, shared,
                                  significant)
-from experiments.transfer import PERCENT
-from model import SIZES, VisionTransformer, config
+from replication.transfer import PERCENT
 from train import RECIPES
 
 
@@ -335,7 +335,7 @@ def select_table():
 
 
 def long_table():
-    """The ladder at length, which needs a GPU: experiments.ladder --long."""
+    """The ladder at length, which needs a GPU: replication.ladder --long."""
     found = rows("ladder-long")
     first = found[0]
     epochs = range(4, len(first["acc1_by_epoch"]), 5)
@@ -422,11 +422,11 @@ PARTS = dict(
     segment=segment_table, classes=classes_table, flipped=upside_down_table, camvid=camvid_table,
     transfer=transfer_table, tiny=transfer_tiny_table, select=select_table,
     macs=macs_table, hours=hours_table, long=long_table)
-for path in (ROOT / "results" / "speed").glob("*.jsonl"):
+for path in (ROOT / "replication" / "results" / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
-PAGES = ("README.md", "docs/paper.md", "docs/properties.md", "docs/downstream.md", "docs/training.md", "docs/speed.md",
-         "docs/gpu.md", "docs/extending.md")
+PAGES = ("README.md", "docs/downstream.md", "docs/training.md", "docs/gpu.md", "docs/extending.md",
+         *(f"replication/{name}.md" for name in ("paper", "properties", "speed", "downstream")))
 
 
 def written(text):

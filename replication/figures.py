@@ -1,11 +1,11 @@
-"""The figures of README.md and docs/, as assets/NAME.png, drawn from the rows in results/ and from the models.
+"""The figures of README.md and the pages, as docs/images/NAME.png, from the rows in results/ and the models.
 
-    python -m experiments.figures                      # all of them
-    python -m experiments.figures masks ladder         # these two
-    python -m experiments.figures attention --runs out/ladder-3 --data cifar10
+    python -m replication.figures                      # all of them
+    python -m replication.figures masks ladder         # these two
+    python -m replication.figures attention --runs out/ladder-3 --data cifar10
 
-Needs matplotlib. `attention` shows trained models: --runs is the folder in which experiments.ladder left them.
-The ground is transparent and the colours read on white and in GitHub's dark mode. assets/blocks.svg is drawn by hand.
+Needs matplotlib. `attention` shows trained models: --runs is the folder in which replication.ladder left them.
+The ground is transparent and the colours read on white and in GitHub's dark mode. docs/images/blocks.svg is drawn by hand.
 """
 from pathlib import Path
 from statistics import fmean
@@ -16,16 +16,16 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from data import eval_transform, normalize, open_data
-from experiments.ladder import VARIANTS, title_of
-from experiments.properties import OFFSETS, open_conflict, singular_values_for
-from experiments.report import uniform_attention
-from experiments.results import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
-from experiments.transfer import labels_of
-from downstream.export import class_token_attention
+from downstream.attention import class_token_attention
 from harness.checkpoint import build, open_checkpoint
 from harness.flags import Parser, report_errors, require, shorten
+from harness.shapes import Shapes
 from model import STEPS, Config, VisionTransformer
-from synthetic.shapes import Shapes
+from replication.ladder import VARIANTS, title_of
+from replication.properties import OFFSETS, open_conflict, singular_values_for
+from replication.report import uniform_attention
+from replication.rows import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
+from replication.transfer import labels_of
 
 try:
     import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ try:
 except ImportError:
     plt = None
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 # Figures are 8 inches wide, which the pages show at 800 pixels.
 # A contrast of about 4 with white and with #0d1117. Lines and marks differ in form as well as in colour.
@@ -348,7 +348,7 @@ def main(argv=None):
         plt.rcParams.update(STYLE)
         for name in args.names:
             fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
-            path = ASSETS / f"{name}.png"
+            path = IMAGES / f"{name}.png"
             fig.savefig(path)
             image = Image.open(path)
             if name not in ("masks", "shapes", "conflict"):                      # whose gradients need more colours

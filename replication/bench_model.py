@@ -1,8 +1,8 @@
 """How fast a training step and inference are, and how much memory they take, beside models of others.
 
     pip install --no-deps timm==0.5.4                                # or any other version, which the rows name
-    python -m benchmarks.bench_model --out out/training.jsonl
-    python -m benchmarks.bench_model --device cuda --sizes base --dtypes bfloat16 --batch-sizes 128
+    python -m replication.bench_model --out out/training.jsonl
+    python -m replication.bench_model --device cuda --sizes base --dtypes bfloat16 --batch-sizes 128
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
 is the median of the turns. `peak` is the fraction of the peak matmul throughput, measured between them: 2
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from experiments.properties import multiply_accumulates, one_process
 from harness.flags import InputError, Parser, check_bounds, report_errors, require
 from harness.processes import DEVICES, processor, use_tf32, wrap
 from harness.run import Machine, append_row
 from model import SIZES, VisionTransformer, config
+from replication.properties import multiply_accumulates, one_process
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")                  # tf32: float32 with TF32 in matrix multiplications
 
@@ -151,7 +151,7 @@ def matmul(a, b, tf32):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m benchmarks.bench_model", description=__doc__)
+    parser = Parser(prog="python -m replication.bench_model", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS,
                         default=["timm", "vit", "causal", "soft", "soft_log", "soft, recompute"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])

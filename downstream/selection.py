@@ -1,7 +1,7 @@
 """Weight selection [1]: a checkpoint of a small model, made of some of the weights of a larger one.
 
-    python -m downstream.select out/tiny --size nano --depth 4 --out small.pt           # of a run of this repository
-    python -m downstream.select Llama-2-7b-hf --size tiny --rule aligned --out small.pt # of LLaMA 2
+    python -m downstream.selection out/tiny --size nano --depth 4 --out small.pt           # of a run of this repository
+    python -m downstream.selection Llama-2-7b-hf --size tiny --rule aligned --out small.pt # of LLaMA 2
     python train.py --size nano --depth 4 --data cifar10 --init-from small.pt           # then train it
 
 Block i starts from block i of the larger model, and of every dimension evenly spaced elements are kept: of each tensor
@@ -189,7 +189,7 @@ def small_config(given, step, larger):
 
 @report_errors()
 def main(argv=None):
-    parser = Parser(prog="python -m downstream.select",
+    parser = Parser(prog="python -m downstream.selection",
                     description="Make a checkpoint of a small model from some of the weights of a larger one.")
     parser.add_argument("larger", help="a run's folder, a checkpoint, published weights, or a folder of LLaMA 2")
     parser.add_argument("--size", choices=SIZES, required=True, help="width, depth and heads, see model.py")

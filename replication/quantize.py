@@ -1,8 +1,8 @@
 """Quantization-aware training with 8 bits, as the paper has it, on any step; and the same model with 32 bits.
 
-    python -m experiments.quantize --data cifar10      # ViT and iLLaMA; stopped and started again, it continues
-    python -m experiments.quantize train --step ps_cls --data cifar10     # train.py, with 8 bits
-    python -m experiments.quantize control --step ps_cls --data cifar10   # the same without rounding
+    python -m replication.quantize --data cifar10      # ViT and iLLaMA; stopped and started again, it continues
+    python -m replication.quantize train --step ps_cls --data cifar10     # train.py, with 8 bits
+    python -m replication.quantize control --step ps_cls --data cifar10   # the same without rounding
 
 All that enters a matrix multiplication in the blocks is quantized, simulated in float: weights and inputs of the linear
 layers, queries, keys, values and attention maps. A step size is learned (LSQ, arXiv 1902.08153; LSQ+, 2004.09576) for
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from experiments.ladder import FLAGS, parse_runs, parser_of_runs, train_all
-from experiments.results import MODELS
 from harness.flags import report_errors
 from harness.processes import stop_on_signals
 from model import Attention, VisionTransformer, attention_weights
+from replication.ladder import FLAGS, parse_runs, parser_of_runs, train_all
+from replication.rows import MODELS
 
 
 def rounded(x):
@@ -140,7 +140,7 @@ def main(argv=None):
     for seed in range(args.seeds):
         for step in MODELS:
             for program, (_, bits) in PROGRAMS.items():
-                command = ["-m", "experiments.quantize", program, "--data", args.data, *FLAGS.split(),
+                command = ["-m", "replication.quantize", program, "--data", args.data, *FLAGS.split(),
                            "--epochs", str(args.epochs), "--step", step, "--seed", str(seed)]
                 runs[f"{step}-{bits}-{seed}"] = command, dict(step=step, bits=bits, seed=seed, epoch=args.epochs - 1)
     sys.exit(0 if train_all(runs, args) else 1)

@@ -1,8 +1,7 @@
 """Read an image row by row, as it arrives, and ask for the answer at any moment. What was read is not computed again.
 
-    python -m experiments.anytime read out/a --image cat.jpg             # what it says after each row of patches
-    python -m experiments.anytime train --step abs_pos --out out/b       # train.py, half of the batches cut after a row
-    python -m experiments.anytime measure out/a out/b --out out/rows.jsonl   # accuracy after each row
+    python -m downstream.anytime read out/a --image cat.jpg             # what it says after each row of patches
+    python -m downstream.anytime train --step abs_pos --out out/b       # train.py, half of the batches cut after a row
 
 Under an exact causal mask (`causal`, or `soft_log` at alpha 0) with the class token last, patches do not depend on what
 comes after them: their keys and values are kept, and the class token is appended whenever an answer is wanted. It has
@@ -10,19 +9,16 @@ its own learned position and always stands, for RoPE, where it stands after a wh
 """
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import train
-from data import Images, check_readable, eval_transform, normalize
+from data import Images, eval_transform, normalize
 from eval import most_likely, open_model
-from experiments.properties import open_subjects, parser_of_checkpoints
 from harness.files import read_image
-from harness.flags import Parser, check_bounds, printable, report_errors, require
+from harness.flags import Parser, printable, report_errors, require
 from harness.processes import stop_on_signals
-from harness.run import append_row
 from model import VisionTransformer
 
 
@@ -113,35 +109,9 @@ def train_on_prefixes(argv):
     train.main(argv, architecture=PrefixTransformer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Accuracy after each row, and one image's classes
-
-
-@torch.no_grad()
-def accuracy_by_row(subject):
-    """Top-1 in percent after each row of patches. InputError if an image cannot be read."""
-    hits = [0] * subject.model.cfg.grid
-    for images, labels, errors in subject.batches(subject.source):
-        check_readable(errors)
-        images, labels = normalize(images.to(subject.device)), labels.to(subject.device)
-        for row in range(len(hits)):
-            guess = on_rows(subject.model, images, 1 + row).argmax(-1)
-            hits[row] += (guess == labels).sum().item()
-    return [100 * count / len(subject.source) for count in hits]
-
-
-def measure(argv):
-    args = parser_of_checkpoints("anytime measure", "Accuracy after each row of patches.").parse_args(argv)
-    check_bounds(vars(args))
-    for subject in open_subjects(args):
-        by_row = accuracy_by_row(subject)
-        folder = Path(subject.path).parent if Path(subject.path).is_file() else Path(subject.path)
-        append_row(subject.described() | dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row), args.out)
-
-
 @torch.no_grad()
 def read(argv):
-    parser = Parser(prog="python -m experiments.anytime read")
+    parser = Parser(prog="python -m downstream.anytime read")
     parser.add_argument("checkpoint", help="a run's folder or its checkpoint")
     parser.add_argument("--image", required=True, help="the image to read")
     args = parser.parse_args(argv)
@@ -157,7 +127,7 @@ def read(argv):
         print(f"row {row + 1:2} of {grid}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
 
 
-COMMANDS = dict(train=train_on_prefixes, measure=measure, read=read)
+COMMANDS = dict(train=train_on_prefixes, read=read)
 
 
 @report_errors()

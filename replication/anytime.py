@@ -1,0 +1,40 @@
+"""How accurate is a model after each row of patches? A row for each checkpoint; downstream/anytime.py reads and trains.
+
+    python -m replication.anytime out/a out/b --out out/rows.jsonl
+"""
+from pathlib import Path
+
+import torch
+
+from data import check_readable, normalize
+from downstream.anytime import on_rows
+from harness.flags import check_bounds, report_errors
+from harness.run import append_row
+from replication.properties import open_subjects, parser_of_checkpoints
+
+
+@torch.no_grad()
+def accuracy_by_row(subject):
+    """Top-1 in percent after each row of patches. InputError if an image cannot be read."""
+    hits = [0] * subject.model.cfg.grid
+    for images, labels, errors in subject.batches(subject.source):
+        check_readable(errors)
+        images, labels = normalize(images.to(subject.device)), labels.to(subject.device)
+        for row in range(len(hits)):
+            guess = on_rows(subject.model, images, 1 + row).argmax(-1)
+            hits[row] += (guess == labels).sum().item()
+    return [100 * count / len(subject.source) for count in hits]
+
+
+@report_errors()
+def main(argv=None):
+    args = parser_of_checkpoints("anytime", __doc__).parse_args(argv)
+    check_bounds(vars(args))
+    for subject in open_subjects(args):
+        by_row = accuracy_by_row(subject)
+        folder = Path(subject.path).parent if Path(subject.path).is_file() else Path(subject.path)
+        append_row(subject.described() | dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row), args.out)
+
+
+if __name__ == "__main__":
+    main()
