@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import by_hand, in_ranks, refused
 from data import eval_transform, normalize, open_data
+from harness.checkpoint import build
+from harness.shapes import TEXTURES, Shapes
+from model import VisionTransformer, config
 from replication import properties
 from replication.properties import categories, open_conflict
-from harness.checkpoint import build
-from model import VisionTransformer, config
-from harness.shapes import TEXTURES, Shapes
 
 
 def measured(capsys, checkpoint, *flags):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from conftest import SMALL, equal, load, metrics, refused
+from model import Attention, VisionTransformer, config
 from replication import quantize
 from replication.quantize import NormalizedTransformer, QuantizedTransformer, Quantizer
-from model import Attention, VisionTransformer, config
 from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 

@@ -13,8 +13,8 @@ import model
 import train
 from conftest import DEADLINE, ROOT, SMALL
 from downstream import segment
-from replication import report
 from model import STEPS, VisionTransformer, config
+from replication import report
 
 PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
@@ -57,7 +57,7 @@ def test_the_output_that_the_quick_start_shows_is_what_its_commands_printed():
 
 
 def test_each_table_and_figure_of_the_paper_has_its_line():
-    lines = re.findall(r"^\| (\d+) \|", PAGES["docs/paper.md"], re.M)
+    lines = re.findall(r"^\| (\d+) \|", PAGES["replication/paper.md"], re.M)
     assert lines == [str(number) for last in (18, 11) for number in range(1, last + 1)]
 
 

@@ -12,13 +12,13 @@ import train
 from conftest import SMALL, equal, in_ranks, load, metrics, refused
 from data import normalize
 from downstream import segment
+from downstream.drawn import Scenes
 from downstream.scenes import Annotated, AnnotatedFolder, crop, distort, open_scenes, train_transform
 from downstream.segment import RECIPES, lr_at, make_optimizer, open_segmenter
 from downstream.segmenter import Segmenter, UPerNet, confusion, evaluate, pixel_loss, predict, scores, slide, starts
-from replication import where
 from harness.run import RunFolder
 from model import STEPS, config
-from downstream.drawn import Scenes
+from replication import where
 from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 CLASSES = ["red", "green", "blue"]

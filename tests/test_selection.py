@@ -10,9 +10,9 @@ import train
 from conftest import SMALL, load, refused
 from downstream import selection
 from downstream.selection import LLAMA, channels, places, read_llama, select_weights
-from replication import starts as comparison
 from harness.checkpoint import CHECKPOINT, build, open_checkpoint, resize_positions, validate
 from model import VisionTransformer, config, rope_table, rotate
+from replication import starts as comparison
 from test_model import hashed, hashed_weights
 
 LARGE = dict(size="tiny", width=192, heads=3, depth=3, img_size=16, patch_size=8, num_classes=5)

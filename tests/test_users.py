@@ -17,8 +17,8 @@ import train
 from conftest import DEADLINE, ROOT, SMALL, Program, environment, in_ranks, load, refused, wait_until
 from downstream import segment
 from downstream.scenes import open_scenes, read_annotation, read_classes
-from replication import ladder
 from harness.files import IMAGENET, imagenet_classes, open_folder, read_image
+from replication import ladder
 
 
 def flags(photos, out):
