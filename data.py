@@ -3,7 +3,7 @@
     train = open_data("cifar10", "train", img_size=32)         # 50,000 pairs (PIL image, label), and .classes
     images = Images(train, partial(train_transform, size=32), seed=0)
     batches = train_batches(len(train), batch_size=128)        # which images: lists of (epoch, index)
-    for batch, labels, errors in loader(images, batches, workers=2):    # uint8 (128, 3, 32, 32), int64 (128,), 128 str
+    for batch, labels in loader(images, batches, workers=2):   # uint8 (128, 3, 32, 32), int64 (128,)
         logits = model(normalize(batch))
 
 Every random draw is seeded by its purpose: the order of an epoch by (seed, epoch), the augmentation of an image by
@@ -11,6 +11,7 @@ Every random draw is seeded by its purpose: the order of an epoch by (seed, epoc
 """
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from harness.files import open_folder
 from harness.flags import InputError, require, shorten
@@ -50,7 +52,7 @@ def open_data(data, split, img_size, classes=None):
     elif data == "flowers102":     # 2,040 images to train, in two parts of the original, and 6,149 to test
         parts = ("train", "val") if split == "train" else ("test",)
         source = ConcatDataset([download(datasets.Flowers102, split=part) for part in parts])
-        source.classes = [f"flower {n}" for n in range(1, 103)]                  # torchvision 0.21 has no names
+        source.classes = [f"flower {n}" for n in range(1, 103)]                  # as the original numbers them
     else:
         source = Shapes(split, img_size, **DRAWN[data])
     require(classes is None or list(classes) == list(source.classes), f"--data {data} has the classes "
@@ -97,10 +99,10 @@ def eval_transform(image, rng, size):
     return fit(image, int(size / 0.875), size)
 
 
-def train_transform(image, rng, size, augment=False):
+def train_transform(image, rng, size, augment=False, flip=True):
     """The published training transform: crop, flip half of the images, and with `augment` RandAugment."""
     image = padded_crop(image, rng, size) if size <= 32 else resized_crop(image, rng, size)
-    if rng.random() < 0.5:
+    if flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return rand_augment(image, rng) if augment else image
 
@@ -226,34 +228,38 @@ def mix(images, labels, classes, rng, mixup, cutmix):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading: lists of (epoch, index) say what a batch holds, a data set turns each into (uint8 tensor, label, read error)
+# Loading: lists of (epoch, index) say what a batch holds, a data set turns each into (uint8 tensor, label)
 
 
 class Images(Dataset):
-    """images[epoch, index] -> (uint8 (3, H, W), label, read error). What is drawn follows from (seed, epoch, index).
+    """images[epoch, index] -> (uint8 (3, H, W), label). What is drawn follows from (seed, epoch, index).
 
-    The read error is "", or the sentence about an image that cannot be read: then image and label are the next one's.
+    An image that cannot be read is an error. With `replace`, in training, it is one if the next ten cannot be read
+    either; before that the next one takes its place, with a warning, once in each process.
     """
 
-    def __init__(self, source, transform, seed=0):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source, transform, seed=0, replace=False):
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+        self.warned = set()
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label, error = self.read(index)
+        image, label = self.read(index)
         image = self.transform(image, random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), label, error
+        return TF.pil_to_tensor(image), label
 
     def read(self, index):
-        """(image, label, read error) at an index, or of the next image among 99 that can be read; black if none can."""
-        first_error = ""
-        for other in range(index, index + 100):
+        """(image, label) at an index, or of the next image that can be read."""
+        first_error = None
+        for other in range(index, index + (11 if self.replace else 1)):
             try:
-                image, label = self.source[other % len(self.source)]
-                return image, label, first_error
-            except (InputError, OSError) as error:         # an error in a worker would come with its traceback
-                first_error = first_error or str(error)
-        return Image.new("RGB", (1, 1)), 0, first_error
+                return self.source[other % len(self.source)]
+            except (InputError, OSError) as error:
+                first_error = first_error or error
+                if self.replace and str(error) not in self.warned:
+                    self.warned.add(str(error))
+                    tqdm.write(f"warning: {error}; until then the next one takes its place", sys.stderr)
+        raise first_error
 
 
 def train_batches(n_images, batch_size, accumulate=1, rank=0, world=1, seed=0, epochs=1, start=0):
@@ -280,15 +286,9 @@ def eval_batches(n_images, batch_size, rank=0, world=1):
 
 
 def loader(images, batches, workers, device=torch.device("cpu")):
-    """Batches (uint8 (B, 3, H, W), int64 (B,), B read errors), ready to be copied to the device without a wait."""
+    """Batches (uint8 (B, 3, H, W), int64 (B,)), ready to be copied to the device without a wait."""
     return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
                       persistent_workers=workers > 0, worker_init_fn=start_worker)
-
-
-def check_readable(errors):
-    """InputError with the first read error of a batch, if there is one: evaluation takes every image or none."""
-    for error in errors:
-        require(not error, error)
 
 
 def seed_of(*key):

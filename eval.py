@@ -11,18 +11,20 @@ properties in replication/.
 """
 import json
 import math
+import re
+import sys
 import time
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize, open_data
-from harness.checkpoint import build, describe, open_checkpoint, set_alpha
-from harness.files import IMAGENET, imagenet_classes, read_image
-from harness.flags import Parser, check_bounds, nonempty, printable, report_errors, require
-from harness.processes import (DTYPES, all_gather, once_per_node, print_rank0, progress, setup, shut_down,
-                               stop_requests)
+from data import Images, eval_batches, eval_transform, loader, normalize, open_data
+from harness.checkpoint import build, describe, open_checkpoint
+from harness.files import IMAGENET, read_image
+from harness.flags import Parser, check_bounds, nonempty, require, shorten
+from harness.processes import (DTYPES, all_gather, once_per_node, print_rank0, progress, report_errors, setup,
+                               shut_down, stop_requests)
 from harness.run import add_eval_flags
 
 
@@ -31,10 +33,9 @@ def predict(model, batches, device, dtype=torch.float32):
     """Logits (B, classes) in float32 and labels (B,) of each batch, until the program is asked to stop. InputError if
     an image cannot be read. Leaves the model in eval mode."""
     model.eval()
-    for images, labels, errors in progress(batches, "evaluate"):
+    for images, labels in progress(batches, "evaluate"):
         if stop_requests:
             return
-        check_readable(errors)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(normalize(images))
@@ -82,7 +83,8 @@ def open_model(source, device, alpha=None):
     checkpoint = once_per_node(open_checkpoint, source)
     model = build(checkpoint).to(device).eval()
     if alpha is not None:
-        set_alpha(model, alpha)
+        require(model.cfg.soft, f"--soft-mask needs a soft mask, but the mask of {source} is {model.cfg.mask!r}: drop it")
+        model.set_soft_mask(alpha)
         checkpoint["alpha"] = alpha
     return model, checkpoint
 
@@ -91,10 +93,12 @@ def open_val(source, checkpoint, model, data=None):
     """The validation split of `data`, by default of what the model was trained on. InputError if it does not fit."""
     data = data or checkpoint["run"]["data"]
     require(data, f"{source} does not say what it was trained on: give --data")
-    classes = checkpoint["classes"] or imagenet_classes(data)
-    val = once_per_node(open_data, data, "val", model.cfg.img_size, classes)
+    val = once_per_node(open_data, data, "val", model.cfg.img_size, checkpoint["classes"])
     require(len(val.classes) == model.cfg.num_classes, f"--data {data} has {len(val.classes)} classes, but the model "
             f"knows {model.cfg.num_classes}: use the data that it was trained on")
+    if not checkpoint["classes"] and not all(re.fullmatch(r"n\d{8}", name) for name in val.classes):    # WordNet ids
+        print_rank0(f"warning: {source} does not name its classes; they are taken to be in this order: "
+                    f"{shorten(val.classes)}", sys.stderr)
     return val
 
 
@@ -119,10 +123,10 @@ def main(argv=None):
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
                 f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
         classes = classes or IMAGENET
-        pixels, label, error = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
-        [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]), [error])], device, dtype)
+        pixels, label = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
+        [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]))], device, dtype)
         result = most_likely(logits[0], classes)
-        lines = "\n".join(f"{100 * p:5.1f} %  {printable(name)}" for name, p in result.items())
+        lines = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)

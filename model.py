@@ -51,6 +51,8 @@ class Config:
             raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one of them")
+        if self.rope and self.width // self.heads % 2:
+            raise ValueError(f"RoPE rotates pairs of channels; width {self.width} / heads {self.heads} is odd: change one")
         if self.mask not in MASKS:
             raise ValueError(f"unknown mask {self.mask!r}; choose one of {', '.join(MASKS)}")
 

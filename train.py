@@ -6,15 +6,20 @@
     python train.py --data cifar10 --step ps_cls --no-rmsnorm  # any step, any flag on top
     python train.py --resume                                   # resume the latest run
 
-A recipe names everything about a run; flags change it. The run's folder holds config.json, metrics.jsonl (a line per
-epoch), last.pt, prev.pt (the one before) and best.pt; eval.py reads these three.
+The words of this file:
+    given       {name: value} of the flags on the command line
+    Run         what to train, on what
+    Recipe      how to train; a name in RECIPES says all of it, and flags change it
+    Config      the model, see model.py
+    Machine     device, workers, where to save: what changes results only by rounding
+    State       where a run stands between two iterations
+    checkpoint  all of these but Machine, and weights and optimizer, in one dict: last.pt; None in a new run
+    folder      the run's files: config.json, metrics.jsonl (a line per epoch), last.pt and best.pt
+    monitor     progress, losses that are not finite, signals: a run that is asked to stop saves itself and ends with 75
 
 Runs are deterministic, on GPUs with --deterministic. Workers and resuming do not change results. The number of ranks
-changes rounding and augmentation draws. A signal that asks it to stop makes a run save itself and end with code 75.
+changes rounding and augmentation draws.
 """
-if __name__ == "__main__":
-    import harness.interrupt  # noqa: F401, so that Ctrl-C ends it quietly even while torch loads
-
 import math
 import random
 import time
@@ -29,12 +34,11 @@ import torch.nn.functional as F
 from data import (DATASETS, Images, erase, eval_batches, eval_transform, loader, mix, normalize, open_data, seed_of,
                   train_batches, train_transform)
 from eval import evaluate
-from harness.checkpoint import build, load_weights, read_checkpoint
+from harness.checkpoint import build, load_weights
 from harness.files import class_folders
-from harness.flags import (check_schedules, checked_config, overrides, parse_flags, pick, report_errors, require,
-                           split_batch, with_saved)
-from harness.processes import DEVICES, DTYPES, once_per_node, print_rank0, setup, stop_on_signals, wrap
-from harness.run import Machine, Monitor, RunFolder, check_data, find_checkpoint, settings_of
+from harness.flags import check_schedules, checked_config, overrides, parse_flags, pick, require, split_batch, with_saved
+from harness.processes import DEVICES, DTYPES, once_per_node, print_rank0, report_errors, setup, wrap
+from harness.run import Machine, Monitor, RunFolder, settings_of
 from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
 
@@ -59,6 +63,7 @@ class Recipe:
     augment: bool                # RandAugment after crop and flip
     soft_mask_schedule: str      # constant (alpha stays 1) or linear (1 to 0), then 0
     soft_mask_epochs: int        # for so many epochs; 0: alpha is 0 from the start
+    flip: bool = True            # half of the images mirrored; not where left and right matter, as in digits
 
 
 SMALL_DATA = Recipe(  # images of about 32 pixels, minutes on a CPU
@@ -114,7 +119,7 @@ class Run:
     size: str = "tiny"           # width, depth and heads, see model.py
     step: str = "soft_mask"      # step from ViT to iLLaMA, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower steps basic
-    data: str = "shapes"         # a built-in data set, see data.py, or a folder with train/ and val/ class folders
+    data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, flowers102, or a folder with train/ and val/
     init_from: str = ""          # checkpoint or published weights to start from; another number of classes: new head
     freeze: bool = False         # linear probing: train only head and last norm of the weights to start from
     seed: int = 0                # random seed of weights, order and augmentation
@@ -129,7 +134,6 @@ class State:
     alpha: float | None = None           # the soft mask's, if the model has one
     best_acc1: float = -1.0              # since alpha reached its final value
     loss_sum: float = 0.0                # of this epoch's iterations, each a mean over micro-batches and ranks
-    unreadable: int = 0                  # images of this epoch
 
 
 def lr_at(iteration, recipe, iterations_per_epoch):
@@ -176,7 +180,7 @@ def parse(argv=None):
                    soft_mask_schedule=("constant", "linear"))
     return parse_flags(argv, "Train any step from ViT to iLLaMA.", {
         "": [Run, Machine], "how to train (default: as --recipe says)": [Recipe],
-        "model (default: as --size and --step say)": [Config]}, choices, data=DATASETS)
+        "model (default: as --size and --step say)": [Config]}, choices)
 
 
 def default_recipe(run):
@@ -223,8 +227,7 @@ def make_model(run, cfg, checkpoint, classes, architecture):
     model = build(checkpoint, architecture) if checkpoint else architecture(cfg)
     notes = []
     if run.init_from and not checkpoint:
-        weights = once_per_node(read_checkpoint, run.init_from)
-        notes = load_weights(model, weights, new_head=True, classes=classes)
+        notes = once_per_node(load_weights, model, run.init_from, new_head=True, classes=classes)
     if run.freeze:
         model.requires_grad_(False)
         model.norm.requires_grad_()
@@ -241,7 +244,7 @@ def metrics_row(run, recipe, cfg, state, per_epoch, result, n_parameters):
         train_lr=fmean(lr_at(i, recipe, per_epoch) for i in span),
         train_soft_mask_rate=fmean(soft_mask_at(i, recipe, per_epoch) for i in span) if cfg.soft else None,
         test_loss=result["test_loss"], test_acc1=result["test_acc1"], test_acc5=result["test_acc5"],
-        n_parameters=n_parameters, unreadable=state.unreadable)
+        n_parameters=n_parameters)
 
 
 def print_row(row):
@@ -254,44 +257,45 @@ def print_row(row):
 def main(argv=None, open_data=open_data, architecture=VisionTransformer):
     """Train. Experiments may replace how data are opened, and the class of the model."""
     started = time.perf_counter()
+
+    # Flags, and the run to resume
     given = parse(argv)
-    path, checkpoint = find_checkpoint(given, State, Run, Recipe)        # to resume; None without
+    folder = RunFolder(given)
+    checkpoint = folder.checkpoint
     run, recipe, cfg = resolve(given, checkpoint)
-    machine = Machine(**pick(Machine, given))
+    machine, state = Machine(**pick(Machine, given)), State(**pick(State, checkpoint or {}))
     rank, world, device, dtype = setup(machine.device, run.dtype)
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
-    state = State(**pick(State, checkpoint or {}))
 
     # Data
     micro_batch, accumulate = split_batch(recipe, world, "micro_batch" in given, recipe.mixup or recipe.cutmix)
     train = once_per_node(open_data, run.data, "train", recipe.img_size)
     val = once_per_node(open_data, run.data, "val", recipe.img_size, train.classes)
-    check_data(run, recipe, cfg, state, train, val, checkpoint)
-    transform = partial(train_transform, size=recipe.img_size, augment=recipe.augment)
+    cfg = replace(cfg, num_classes=len(train.classes))
+    folder.check(settings_of(run, recipe, cfg, train, val, world), state)
+    transform = partial(train_transform, size=recipe.img_size, augment=recipe.augment, flip=recipe.flip)
     order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
                           state.iteration)
-    train_loader = loader(Images(train, transform, run.seed), order, machine.workers, device)
+    train_loader = loader(Images(train, transform, run.seed, replace=True), order, machine.workers, device)
     val_loader = loader(Images(val, partial(eval_transform, size=recipe.img_size)),
                         eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
     per_epoch = len(train) // recipe.batch_size                          # iterations
 
     # Model and optimizer
-    cfg = replace(cfg, num_classes=len(train.classes))
     model, notes = make_model(run, cfg, checkpoint, train.classes, architecture)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    settings = settings_of(run, recipe, cfg, train, val, world)
-    folder = RunFolder(given, path, checkpoint, settings, state, model, optimizer, scaler)
-    monitor = Monitor(started, state, recipe.batch_size, accumulate * world, len(train), folder)
+    folder.open(model, optimizer, scaler)
+    monitor = Monitor(folder, started, losses=accumulate * world)
     net = wrap(model, model.blocks, machine, world)
     batches = monitor.watch(train_loader)
-    folder.announce(RECIPES[run.recipe], machine, device, train, val, micro_batch, notes, recipe.epochs, per_epoch)
-
+    folder.announce(RECIPES[run.recipe], machine, micro_batch, notes, recipe.epochs, per_epoch)
     last_alpha = soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch) if cfg.soft else None
 
     for epoch in range(state.epoch, recipe.epochs):
+        # Train for an epoch
         model.train()
         monitor.start(f"epoch {epoch}", state.iteration - epoch * per_epoch, per_epoch)
         while state.iteration < (epoch + 1) * per_epoch:
@@ -302,6 +306,8 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
                 state.alpha = soft_mask_at(state.iteration, recipe, per_epoch)
                 model.set_soft_mask(state.alpha)
             torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
+
+            # Forward and backward, micro-batch by micro-batch
             loss_sum = torch.zeros((), device=device)
             for micro in range(accumulate):
                 images, labels = (x.to(device, non_blocking=True) for x in next(batches))
@@ -312,6 +318,8 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
                     loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
+
+            # Update
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
             state.loss_sum += monitor.check(loss_sum, grad_norm, scaler)         # the one wait for the device
@@ -326,6 +334,8 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
             if monitor.stopping:
                 folder.end_early()
         monitor.end()
+
+        # Evaluate
         folder.save()                                                    # before the evaluation, which may fail
         result = evaluate(model, val_loader, device, dtype)
         if result is None:                                               # asked to stop
@@ -337,7 +347,7 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
         improved = state.alpha == last_alpha and row["test_acc1"] > state.best_acc1      # other masks do not compare
         if improved:
             state.best_acc1 = row["test_acc1"]
-        state.epoch, state.loss_sum, state.unreadable = epoch + 1, 0.0, 0
+        state.epoch, state.loss_sum = epoch + 1, 0.0
         folder.save(improved)
 
     program = "python eval.py" if architecture is VisionTransformer else ""
@@ -345,5 +355,4 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
 
 
 if __name__ == "__main__":
-    stop_on_signals()
     main()

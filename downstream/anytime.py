@@ -17,8 +17,8 @@ import train
 from data import Images, eval_transform, normalize
 from eval import most_likely, open_model
 from harness.files import read_image
-from harness.flags import Parser, printable, report_errors, require
-from harness.processes import stop_on_signals
+from harness.flags import Parser, require
+from harness.processes import report_errors
 from model import VisionTransformer
 
 
@@ -105,7 +105,6 @@ class PrefixTransformer(VisionTransformer):
 
 
 def train_on_prefixes(argv):
-    stop_on_signals()
     train.main(argv, architecture=PrefixTransformer)
 
 
@@ -119,12 +118,12 @@ def read(argv):
     require(checkpoint["classes"], f"{args.checkpoint} does not name its classes: use a checkpoint that train.py wrote")
     reader, patch, grid = Reader(model), model.cfg.patch_size, model.cfg.grid
     transform = partial(eval_transform, size=model.cfg.img_size)
-    pixels, _, _ = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
+    pixels, _ = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
     image = normalize(pixels[None])
     for row in range(grid):
         reader.read(image[:, :, row * patch: (row + 1) * patch])
         (name, probability), *_ = most_likely(reader.answer()[0], checkpoint["classes"]).items()
-        print(f"row {row + 1:2} of {grid}  {100 * probability:5.1f} %  {printable(name)}", flush=True)
+        print(f"row {row + 1:2} of {grid}  {100 * probability:5.1f} %  {name}", flush=True)
 
 
 COMMANDS = dict(train=train_on_prefixes, read=read)

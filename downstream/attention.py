@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from data import Images, check_readable, eval_transform, normalize
+from data import Images, eval_transform, normalize
 from eval import open_model
 from harness.files import read_image
-from harness.flags import Parser, nonempty, report_errors, require
+from harness.flags import Parser, nonempty, require
+from harness.processes import report_errors
 
 
 @torch.no_grad()
@@ -51,8 +52,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     model, _ = open_model(args.checkpoint, torch.device("cpu"))
     transform = partial(eval_transform, size=model.cfg.img_size)
-    pixels, _, error = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
-    check_readable([error])
+    pixels, _ = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
     draw_attention(model, pixels, args.picture)
 
 

@@ -15,7 +15,8 @@ import math
 from pathlib import Path
 from statistics import median
 
-from harness.flags import InputError, Parser, needs, overrides, pick, report_errors, require
+from harness.flags import InputError, Parser, needs, overrides, pick, require
+from harness.processes import report_errors
 from model import Config
 from train import RECIPES
 

@@ -15,7 +15,8 @@ import torch
 from data import MEAN, STD
 from eval import open_model
 from harness.checkpoint import CHECKPOINT
-from harness.flags import Parser, needs, nonempty, report_errors, require
+from harness.flags import Parser, needs, nonempty, require
+from harness.processes import report_errors
 
 KINDS = (".pt2", ".onnx", ".safetensors")
 

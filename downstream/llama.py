@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from data import Images, check_readable, eval_batches, eval_transform, loader, normalize
+from data import Images, eval_batches, eval_transform, loader, normalize
 from downstream.selection import LLAMA
 from eval import open_model, open_val
 from harness.checkpoint import CHECKPOINT
-from harness.flags import Parser, check_bounds, needs, nonempty, report_errors, require
-from harness.run import store
+from harness.flags import Parser, check_bounds, needs, nonempty, require
+from harness.processes import report_errors
+from harness.run import write
 
 
 def half_split(rows, heads):
@@ -74,8 +75,7 @@ def logits_by_rows(llama, model, images):
 def largest_difference(llama, model, batches):
     """Of the logits of all images, whole and read by rows: the largest differences to the model's own."""
     largest = [0.0, 0.0]
-    for images, _, errors in batches:
-        check_readable(errors)
+    for images, _ in batches:
         images = normalize(images)
         own, ways = model(images), [logits_of]
         if model.cfg.cls_last:
@@ -101,7 +101,7 @@ def main(argv=None):
     llama = to_llama(model)
     llama.save_pretrained(out)
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith(("blocks.", "norm."))}
-    store({name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest), out / "vision.pt")
+    write(out / "vision.pt", {name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest))
     count = sum(p.numel() for p in llama.parameters())
     print(f"{out} has a LlamaModel of {count:,} parameters, and beside it vision.pt")
     if args.check:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from data import FILL, Images
 from downstream.drawn import Scenes
-from harness.files import decode, is_image, read_bytes, read_image
+from harness.files import read_image
 from harness.flags import InputError, require, shorten
 
 SPLITS, IGNORED, VOID = ("training", "validation"), -1, 255
@@ -39,7 +40,7 @@ class AnnotatedFolder(Dataset):
         for folder in (self.images, self.annotations):
             require(folder.is_dir(), f"{folder} is missing: {root} needs images/ and annotations/, both with training/ "
                     "and validation/")
-        names = sorted(path.name for path in self.images.iterdir() if is_image(path.name))
+        names = sorted(path.name for path in self.images.glob("[!.]*") if path.suffix.lower() in IMG_EXTENSIONS)
         annotated = {path.stem for path in self.annotations.glob("[!.]*.png")}
         alone = sorted(annotated ^ {Path(name).stem for name in names})
         wrong = f"only one of them has {shorten(alone)}" if alone else "they are empty"
@@ -70,7 +71,7 @@ def read_classes(root):
     require(file.is_file(), f"{file} is missing: write the names of the classes into it, a line for each, in the order "
             "of their numbers in the annotations, from 1 on")
     try:
-        lines = read_bytes(file).decode().strip().splitlines()
+        lines = file.read_text(encoding="utf-8").strip().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not text in UTF-8 ({error}): save it as that") from error
     classes = [line.strip() for line in lines]
@@ -81,12 +82,10 @@ def read_classes(root):
 
 def read_annotation(path, size, classes):
     """An annotation as a PIL image of mode L. InputError that names it if it is none."""
-    annotation = decode(path, "an annotation")
-    scaled = annotation.stored in ("L;2", "L;4")           # to 8 bits, by PIL
-    mode = annotation.stored if scaled else annotation.mode
-    require(mode in ("L", "P"),                            # P: a palette, whose colours do not matter
-            f"{path} has the mode {mode}; an annotation has one channel of 8 bits, the number of a class in each "
-            "pixel: convert it")
+    annotation = read_image(path, convert=False)
+    require(annotation.mode in ("L", "P"),                 # P: a palette, whose colours do not matter
+            f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number of a class in "
+            "each pixel: convert it")
     require(annotation.size == size, f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} "
             f"x {size[1]}: replace one of them")
     pixels = np.asarray(annotation)
@@ -104,14 +103,13 @@ def read_annotation(path, size, classes):
 class Annotated(Images):
     """A data set with a transform of image and annotation, whose randomness is a function of (seed, epoch, index).
 
-    Items are (uint8 (3, H, W), int64 (H, W), read error); in place of what cannot be read comes the next, as in Images.
+    Items are (uint8 (3, H, W), int64 (H, W)); what cannot be read is treated as in Images.
     """
     def __getitem__(self, key):
         epoch, index = key
-        image, mask, error = self.read(index)
-        mask = mask or Image.new("L", image.size)          # of Images' placeholder
+        image, mask = self.read(index)
         image, mask = self.transform(image, mask, random.Random(f"{self.seed} {epoch} {index}"))
-        return TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0].long() - 1, error
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0].long() - 1
 
 
 def eval_transform(image, mask, rng):

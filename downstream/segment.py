@@ -27,13 +27,13 @@ from torchvision.transforms.v2 import functional as TF
 from data import eval_batches, loader, normalize, seed_of, train_batches
 from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, read_scene, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
-from harness.checkpoint import (CHECKPOINT, load_strictly, load_weights, names_file, open_checkpoint, read_checkpoint,
-                                validate)
-from harness.flags import (Parser, check_bounds, checked_config, flag, nonempty, overrides, parse_flags, pick,
-                           printable, report_errors, require, shorten, split_batch, with_saved)
-from harness.processes import (DEVICES, DTYPES, default_workers, is_rank_0, once_per_node, print_rank0, setup,
-                               shut_down, stop_on_signals, wrap)
-from harness.run import Machine, Monitor, RunFolder, check_data, compare_flags, find_checkpoint, settings_of
+from harness.checkpoint import (CHECKPOINT, load_strictly, load_weights, open_checkpoint, read_checkpoint,
+                                require_keys)
+from harness.flags import (Parser, check_bounds, checked_config, flag, nonempty, overrides, parse_flags, pick, require,
+                           shorten, split_batch, with_saved)
+from harness.processes import (DEVICES, DTYPES, default_workers, is_rank_0, once_per_node, print_rank0, report_errors,
+                               setup, shut_down, wrap)
+from harness.run import Machine, Monitor, RunFolder, settings_of
 from model import MASKS, SIZES, STEPS, Config, config
 
 
@@ -88,7 +88,6 @@ class State:
     epoch: int = 0               # evaluations done
     best_miou: float = -1.0
     loss_sum: float = 0.0        # of the iterations since the last evaluation, each a mean over micro-batches and ranks
-    unreadable: int = 0          # images since then
 
 
 def lr_at(iteration, recipe):
@@ -156,7 +155,6 @@ def choose_backbone(run, recipe, given, checkpoint, classes):
     return run, recipe, checked_config(Config, **source["config"] | crops), source
 
 
-@names_file
 def load_parts(model, source, head, classes):
     """Load a checkpoint's backbone, but for what a Segmenter's does not have, and its head if it is this program's and
     the same `head` of the same classes. Returns sentences about what had to be adapted."""
@@ -200,14 +198,14 @@ def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
 def train(argv):
     started = time.perf_counter()
     given = parse(argv)
-    path, checkpoint = find_checkpoint(given, State, Run, Recipe, out="out/segment")     # to resume; None without
+    folder = RunFolder(given, below="out/segment", segments=True)
+    checkpoint = folder.checkpoint
     run, recipe = resolve(given, checkpoint)
     machine = Machine(**pick(Machine, given))
     rank, world, device, dtype = setup(machine.device, run.dtype)
     require(not (machine.deterministic and device.type == "cuda"), "--deterministic: the loss of pixels has no "
             "deterministic form on GPUs: drop it")
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
-    compare_flags(run)
     state = State(**pick(State, checkpoint or {}))
 
     # Data
@@ -217,8 +215,10 @@ def train(argv):
             "micro-batch, 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
     train, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
     run, recipe, cfg, source = choose_backbone(run, recipe, given, checkpoint, len(train.classes))
-    check_data(run, recipe, cfg, state, train, val, checkpoint)
-    crops = Annotated(train, partial(train_transform, size=cfg.img_size, short_side=recipe.short_side), run.seed)
+    settings = settings_of(run, recipe, cfg, train, val, world) | dict(alpha=0.0 if cfg.soft else None)
+    folder.check(settings, state)
+    transform = partial(train_transform, size=cfg.img_size, short_side=recipe.short_side)
+    crops = Annotated(train, transform, run.seed, replace=True)
     passes = math.ceil(recipe.iterations / (len(train) // recipe.batch_size))            # over the data
     order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, passes, state.iteration)
     train_loader = loader(crops, order, machine.workers, device)
@@ -237,14 +237,13 @@ def train(argv):
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    settings = settings_of(run, recipe, cfg, train, val, world) | dict(alpha=0.0 if cfg.soft else None)
-    folder = RunFolder(given, path, checkpoint, settings, state, model, optimizer, scaler, below="segment")
+    folder.open(model, optimizer, scaler)
     every = recipe.eval_every                            # iterations of a period, which ends with an evaluation
-    monitor = Monitor(started, state, recipe.batch_size, accumulate * world, every * recipe.batch_size, folder)
+    monitor = Monitor(folder, started, losses=accumulate * world)
     net = wrap(model, model.backbone.blocks, machine, world)
     batches = monitor.watch(train_loader)
     periods = recipe.iterations // every
-    folder.announce(RECIPES[run.recipe], machine, device, train, val, micro_batch, notes, periods, every, "period")
+    folder.announce(RECIPES[run.recipe], machine, micro_batch, notes, periods, every, unit="period")
 
     for period in range(state.epoch, periods):
         end = (period + 1) * every
@@ -289,13 +288,13 @@ def train(argv):
         train_loss = state.loss_sum / every
         row = dict(step=run.step, overrides=overrides(cfg, run.size, run.step), seed=run.seed, head=recipe.head,
                    init_from=run.init_from, iteration=state.iteration, train_loss=train_loss, **result,
-                   n_parameters=folder.n_parameters, unreadable=state.unreadable, **monitor.times())
+                   n_parameters=folder.n_parameters, **monitor.times())
         print_rank0("iteration {iteration}  train loss {train_loss:.4f}  mIoU {test_miou:.2f} %  pixel accuracy "
                     "{test_pixel_acc:.2f} %  {time_images_per_s:,.0f} images/s  {time_s:,.0f} s".format(**row))
         folder.log(row)
         improved = row["test_miou"] > state.best_miou
         state.best_miou = max(state.best_miou, row["test_miou"])
-        state.epoch, state.loss_sum, state.unreadable = period + 1, 0.0, 0
+        state.epoch, state.loss_sum = period + 1, 0.0
         folder.save(improved)
 
     folder.finish(f"mIoU {state.best_miou:.2f} %", "python -m downstream.segment eval", run.data)
@@ -305,13 +304,12 @@ def train(argv):
 # Evaluation from the command line
 
 
-@names_file
 def open_segmenter(source, device):
     """(model, checkpoint) of a run's folder or file, on a device."""
     checkpoint = once_per_node(read_checkpoint, source)
     require("head" in (checkpoint.get("recipe") or {}),
             f"{source} is no run of downstream.segment: start one with --init-from {source}")
-    validate(checkpoint, CHECKPOINT | dict(run=Run, recipe=Recipe, classes=list), source)
+    require_keys(checkpoint, CHECKPOINT, source)
     _, recipe = resolve({}, checkpoint)
     model = Segmenter(checked_config(Config, **checkpoint["config"]), recipe.head)
     load_strictly(model, checkpoint["model"])
@@ -373,7 +371,7 @@ def evaluate_run(argv):
         val = open_validation(checkpoint, args.data)
         batches = validation(val, rank, world, args.workers, device)
         result = evaluate(model, batches, short_side, device, dtype, **views)
-        lines = [f"{'    none' if iou is None else f'{iou:6.2f} %'}  {printable(name)}"
+        lines = [f"{'    none' if iou is None else f'{iou:6.2f} %'}  {name}"
                  for name, iou in zip(classes, result["test_iou"])]
         lines.append(f"mIoU {result['test_miou']:.3f} %  pixel accuracy {result['test_pixel_acc']:.3f} %  "
                      f"{len(val):,} images")
@@ -395,6 +393,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["eval"]:                        # which has nothing to save
-        stop_on_signals()
     main()

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 
-from data import check_readable, normalize
+from data import normalize
 from downstream.scenes import IGNORED
 from harness.flags import require
 from harness.processes import all_gather, progress, stop_requests
@@ -212,10 +212,9 @@ def evaluate(model, batches, short_side, device, dtype=torch.float32, **views):
     model.eval()
     classes = model.backbone.cfg.num_classes
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for images, labels, errors in progress(batches, "evaluate"):
+    for images, labels in progress(batches, "evaluate"):
         if stop_requests:
             break
-        check_readable(errors)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = predict(model, images[0].to(device), short_side, **views)
         require(logits.isfinite().all(), "the logits of an image are not finite: the weights hold such numbers, or "

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from data import seed_of
-from harness.checkpoint import (CHECKPOINT, load_strictly, names_file, open_checkpoint, open_safetensors,
-                                resize_positions, weights_of)
+from harness.checkpoint import (load_strictly, open_checkpoint, read_safetensors, resize_positions,
+                                weights_of)
 from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
-                           pick, report_errors, require, shorten)
-from harness.run import store
+                           pick, require, shorten)
+from harness.processes import report_errors
+from harness.run import write
 from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -83,7 +84,6 @@ def aligned(name, tensor, shape, heads, own_heads, rope, halves):
     return uniform(tensor, shape)
 
 
-@names_file
 def select_weights(model, source, rule):
     """Load into a model what a rule selects of a larger one: a checkpoint, or the path of a folder of LLaMA 2.
 
@@ -164,7 +164,7 @@ def open_shard(path):
     try:
         if path.suffix == ".bin":
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        weights, _ = open_safetensors(path)
+        weights, _ = read_safetensors(path)
         return weights
     except InputError:
         raise
@@ -215,10 +215,10 @@ def main(argv=None):
     if "head.weight" in fresh:
         classes = None
     checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
-                      run={name: run[name] for name in CHECKPOINT["run"]})
+                      run=run)
     out = Path(given["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    store(checkpoint, out)
+    write(out, checkpoint)
     flags = dict(size=run["size"], step=run["step"]) | overrides(cfg, run["size"], run["step"])
     flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(str(out)))
     print(f"weights of {given['larger']}, selected by the rule {given['rule']}; fresh: {shorten(fresh) or 'none'}\n"

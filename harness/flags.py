@@ -1,4 +1,4 @@
-"""The command line, made from dataclasses, and bad input reported in one line.
+"""The command line, made from dataclasses, and bad input as one sentence.
 
     given = parse_flags(argv, "Train a model.", {"": [Run, Machine], "how to train": [Recipe]}, dict(size=SIZES))
     run = Run(**pick(Run, given))                        # `given` has only the flags that were given
@@ -7,13 +7,9 @@
 import argparse
 import inspect
 import math
-import os
 import re
-import signal
-import sys
-import time
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 
 from model import Config, config
 
@@ -39,75 +35,13 @@ def needs(what, packages):
         raise InputError(f"{what} needs {packages}: pip install {packages}") from error
 
 
-@contextmanager
-def as_input_error():
-    """ValueErrors of model.py, where it is given what the user says, as InputErrors."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-REPORT_AFTER = 5         # seconds, on other ranks than local rank 0
-
-REFUSALS = {  # what the system refuses, by words in an error
-    r"DataLoader worker \(pid|ancdata|open files|shared memory":
-        "a data-loading worker was ended by the system, which may be short of memory, shared memory (/dev/shm) or open "
-        "files: use fewer --workers",
-    "EADDRINUSE|address already in use":
-        "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun another --master_port",
-    "CUDA out of memory":
-        "the GPU has too little free memory for this: add --recompute, or start with a smaller --micro-batch; in "
-        "evaluation make --batch-size smaller",
-    r"devices?(\(s\))? (is/)?are busy|exclusive[- ](process|thread)":
-        "the GPU is taken by another program, which has it to itself: wait for that, or name another one with "
-        "CUDA_VISIBLE_DEVICES",
-    "deterministic implementation|CUBLAS_WORKSPACE_CONFIG":
-        "an operation of this model has no deterministic form on this device: drop --deterministic",
-    "by peer": "another rank has ended: see its message, then go on with --resume",
-    r"alloc|out of memory|\w+ation overflow|MemoryError":
-        "there is not enough memory for this: make the model, the images or the batch smaller",
-}
-
-
-@contextmanager
-def report_errors():
-    """Bad input, and what the system refuses, ends a program with one line, printed once per node, and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")                   # None where it is closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")              # class names, on a terminal without Unicode
-    try:
-        yield
-    except (InputError, RuntimeError, OSError, MemoryError) as error:
-        known = [reason for words, reason in REFUSALS.items() if re.search(words, repr(error), re.I)]
-        if isinstance(error, InputError):
-            reason = printable(str(error))
-        elif known and not getattr(error, "filename", None):
-            reason = known[0]
-        elif isinstance(error, OSError) and error.strerror:
-            path = printable(str(error.filename or "the system"))
-            reason = f"{path}: {error.strerror}: give another path or fewer processes"
-        else:
-            raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(REPORT_AFTER)   # local rank 0 reports it, and torchrun ends this one, unless that has no error
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:            # of programs that have nothing to save
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for messages
 
 
 def shorten(names):
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def printable(text):
-    """Text of files and their names, without what would control a terminal or cannot be encoded."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plural(n, word, s="s"):
@@ -142,12 +76,15 @@ def overrides(cfg, size, step):
     return found
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with wrong flags as InputErrors: they are reported as all bad input is. A description's first line
-    counts: it may be a module's docstring, which python -OO leaves out."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
 
-    def __init__(self, description=None, **about):
-        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **about)
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with wrong flags as InputErrors, and the first line of a docstring as the description."""
+
+    def __init__(self, description="", **about):
+        super().__init__(description=description.partition("\n")[0], allow_abbrev=False, **about)
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
@@ -161,42 +98,32 @@ def nonempty(value):
 
 
 MANY = 10 ** 9
-BOUNDS = {  # of numbers, by name, wherever they come from: a flag or a file; other numbers are at least 0
-    **dict.fromkeys(("img_size", "patch_size", "num_classes", "width", "heads", "epochs", "batch_size", "micro_batch",
-                     "iterations", "eval_every", "seeds", "jobs", "repeats", "larger_epochs", "pretrain_epochs",
-                     "img_sizes", "batch_sizes"), (1, MANY)),
-    **dict.fromkeys(("label_smoothing", "erasing", "soft_mask", "layer_decay"), (0, 1)),
-    **dict.fromkeys(("mixup", "cutmix"), (0, 1000)),         # alphas of Beta distributions
-    "short_side": (1, 10_000),
-    "depth": (1, 1000),              # 100,000 blocks would be built for minutes
+BOUNDS = {  # of numbers by name; others are from 0 to MANY
+    **dict.fromkeys("""img_size patch_size num_classes width depth heads epochs batch_size micro_batch iterations
+                    eval_every short_side seeds jobs repeats larger_epochs pretrain_epochs img_sizes batch_sizes
+                    """.split(), (1, MANY)),
+    **dict.fromkeys("label_smoothing erasing soft_mask layer_decay".split(), (0, 1)),
     "drop_path": (0, 0.99),
-    "workers": (0, 1024),
     "seed": (-math.inf, math.inf),
 }
 
 
-def check_bounds(values, written=flag):
-    """InputError if a number in {name: value} is not one, or out of bounds; `written` is how messages call it."""
-    for name, given in values.items():
-        for value in given if isinstance(given, list) else [given]:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                low, high = BOUNDS.get(name, (0, math.inf))
-                bounds = f"at least {low}" if high >= MANY and not value > high else f"from {low} to {high:,}"
-                require(low <= value <= high and (isinstance(value, int) or math.isfinite(value)),
-                        f"{written(name)} is {value}; it must be {bounds}")
+def check_bounds(values):
+    """InputError if a number in {name: value}, or in a list there, is out of bounds, as nan always is."""
+    for name, value in values.items():
+        low, high = BOUNDS.get(name, (0, MANY))
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float):
+                bounds = f"at least {low}" if high == MANY else f"from {low} to {high}"
+                require(low <= number <= high, f"{flag(name)} is {number}; it must be {bounds}")
 
 
 def checked_config(make, **values):
-    """make(**values), where make is Config or config(), for what flags or a file say: InputError if it is wrong."""
-    check_bounds(values)
-    with as_input_error():
-        cfg = make(**values)
-    channels = cfg.width // cfg.heads
-    require(not cfg.rope or channels % 2 == 0, f"RoPE rotates pairs of channels, but a head has {channels}: choose "
-            "--width and --heads that make it even, or --no-rope")
-    require(cfg.mask in ("none", "causal") or cfg.tokens < 2 ** 16, f"mask {cfg.mask} needs a table of {cfg.tokens:,} "
-            f"x {cfg.tokens:,} tokens: choose a larger --patch-size, or --mask causal")
-    return cfg
+    """make(**values), where make is Config or config(): InputError if model.py refuses them."""
+    try:
+        return make(**values)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def add_flags(parser, cls, skip=(), choices=()):
@@ -217,23 +144,11 @@ def add_flags(parser, cls, skip=(), choices=()):
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
 
 
-class ListChoices(argparse.Action):
-    """--list: print what flags choose from, a line each with what it stands for, and end."""
-
-    def __call__(self, parser, *_):
-        for name, options in self.const.items():
-            for option in options:
-                meaning = options[option] if isinstance(options, dict) else {}
-                values = meaning if isinstance(meaning, dict) else dict(list(asdict(meaning).items())[:6])
-                print(f"{flag(name, option):28}{flags_of(values)}".rstrip())
-        parser.exit()
-
-
-def parse_flags(argv, description, groups, choices, out="out", data=(), **about):
+def parse_flags(argv, description, groups, choices, out="out", **about):
     """{name: value} of the flags that were given; --resume is None where it came without a path.
 
     `groups` are {title: dataclasses}. A field that occurs twice becomes one flag, and num_classes none, which the data
-    determine. `data` are built-in data sets. InputError for what is wrong.
+    determine. InputError for what is wrong.
     """
     parser, seen = Parser(description, **about), {"num_classes"}
     for title, classes in groups.items():
@@ -243,9 +158,6 @@ def parse_flags(argv, description, groups, choices, out="out", data=(), **about)
             seen |= {field.name for field in fields(cls)}
     parser.add_argument("--resume", nargs="?", type=nonempty, default=argparse.SUPPRESS, metavar="PATH",
                         help=f"resume the run in a folder; without PATH: in --out, or the latest run in {out}/")
-    listed = {name: choices[name] for name in ("step", "size", "recipe", "mask")} | dict(data=data)
-    parser.add_argument("--list", action=ListChoices, nargs=0, const=listed, default=argparse.SUPPRESS,
-                        help="print the steps, sizes, recipes, masks and built-in data sets")
     given = vars(parser.parse_args(argv))
     check_bounds(given)
     return given
@@ -256,17 +168,18 @@ def pick(cls, values):
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What must fit together
+
+
 def with_saved(given, checkpoint):
-    """The flags that were given, on top of those of the run to resume. InputError if they would change it."""
+    """The flags that were given, on top of those of the run to resume. InputError if they would change it: --data may
+    have moved, --dtype may be another, and flags of the machine are not the run's."""
     if checkpoint is None:
         return given
     saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-    given, changed = dict(given), []
-    if given.get("dtype") == "auto":                                   # as it was
-        del given["dtype"]
-    for name, value in given.items():
-        if name in saved and name != "data" and saved[name] != value:
-            changed.append(f"{flag(name, value)}, not {flag(name, saved[name])}")
+    changed = [f"{flag(name, value)}, not {flag(name, saved[name])}" for name, value in given.items()
+               if name in saved and name not in ("data", "dtype") and saved[name] != value]
     require(not changed, f"--resume continues the run as it was started, but here is {' and '.join(changed)}: drop the "
             "flag, or start a new run, --init-from its last.pt to train it for longer")
     return saved | given

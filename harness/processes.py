@@ -1,4 +1,4 @@
-"""Ranks and devices, requests to stop, printing on rank 0, and data-loading workers' start and end.
+"""Ranks and devices, requests to stop, errors in one line, printing on rank 0, and data-loading workers.
 
     rank, world, device, dtype = setup("auto", "auto")         # joins the other ranks that torchrun started
     data = once_per_node(download, "cifar10")
@@ -7,17 +7,14 @@
 """
 import atexit
 import gc
-import math
 import multiprocessing
 import os
-import queue
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -36,10 +33,14 @@ PREEMPTED = 75           # exit code of a run that was asked to stop: "try again
 cpu_group = None         # all ranks, for waiting: NCCL would end those that wait ten minutes for a download or a scan
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and devices
+
+
 def setup(device="auto", dtype="auto"):
     """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
 
-    `auto` takes a GPU where there is one, and fast_dtype() of it.
+    `auto` takes a GPU where there is one, and fast_dtype() of it. float32 is never TF32.
     """
     rank, world, local_rank = environment()
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
@@ -49,20 +50,51 @@ def setup(device="auto", dtype="auto"):
         dtype = fast_dtype(device)
     require(device != "cuda" or local_world() <= gpus, f"--device cuda: this machine has {gpus} GPUs for "
             f"{local_world()} processes; start fewer, or use --device cpu")
-    require(device != "mps" or mps, "--device mps: there is none on this machine; use --device cpu")
-    require(device != "mps" or world == 1, "--device mps: one process at a time; use --device cpu")
-    require(dtype in DTYPES, f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")        # of a checkpoint
+    require(device != "mps" or mps and world == 1, "--device mps: it takes a Mac, and one process; use --device cpu")
     require(dtype != "float16" or device == "cuda", f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 "
             "or float32")
     use_tf32(False)
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-        torch.zeros((), device=device)   # an error if it is taken, before anything is read
     device = torch.device(device)
     if world > 1:
         join(rank, world, device)
     return rank, world, device, getattr(torch, dtype)
+
+
+def environment():
+    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for a part of them,
+    and for one of several tasks that another launcher started: they would train as many runs."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not any(name in os.environ for name in names[:3]):
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):        # srun, mpirun, mpiexec
+            count = os.environ.get(name, "1")
+            require(count == "1", f"this is one of {count} tasks ({name}) that do not know of each other: start one "
+                    "per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
+        return 0, 1, 0
+    missing = [name for name in names if name not in os.environ]
+    require(not missing, f"torchrun's {', '.join(missing)} are not set, though others are: start with torchrun, which "
+            "sets them all")
+    return tuple(int(os.environ[name]) for name in names[:3])
+
+
+def join(rank, world, device):
+    global cpu_group
+    gpu = device.type == "cuda"
+    store, _, _ = next(dist.rendezvous("env://"))
+    # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if gpu else None)
+    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def shut_down():
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def fast_dtype(device):
@@ -84,72 +116,6 @@ def processor(device):
     return f"{device.type} with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
 
 
-def environment():
-    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for half of them, and
-    for one of several tasks that a batch system started: they would train as many runs."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-    given = [name for name in names[:3] if name in os.environ]
-    if not given:
-        counts = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"]
-        if os.environ.get("SLURM_PROCID", "0") != "0":   # a batch script is task 0 of those that it might start
-            counts.append("SLURM_NTASKS")
-        for name in counts:
-            count = os.environ.get(name, "1")
-            require(count == "1", f"this is one of {count} tasks ({name}) that do not know of each other: start one "
-                    "per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
-        return 0, 1, 0
-    missing = [name for name in names if name not in os.environ]
-    require(not missing, f"{given[0]} is set, but not {', '.join(missing)}: start with torchrun, which sets them all")
-    values = [os.environ[name] for name in names[:4]]
-    numbers = [int(value) if re.fullmatch(r"0|[1-9]\d{0,8}", value) else -1 for value in values]
-    rank, world, local_rank, port = numbers
-    require(min(numbers) >= 0 and rank < world and local_rank < world and 0 < port < 2 ** 16,
-            f"{', '.join(names[:4])} are {', '.join(values)}: start with torchrun, which sets them")
-    return rank, world, local_rank
-
-
-def local_world():
-    """The number of ranks on this node."""
-    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return int(value) if re.fullmatch(r"[1-9]\d{0,8}", value) else 1
-
-
-def join(rank, world, device):
-    global cpu_group
-    gpu = device.type == "cuda"
-    store, _, _ = next(dist.rendezvous("env://"))
-    # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                            device_id=device if gpu else None)
-    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-
-
-def shut_down():
-    """Leave the other ranks. The pause lets gloo's threads free their tensors, for which they need Python's lock; torch
-    2.6 holds it while it waits for these threads to end."""
-    if dist.is_initialized():
-        dist.barrier()
-        time.sleep(1)
-        dist.destroy_process_group()
-
-
-def is_rank_0():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def progress(batches, title, **more):
-    """tqdm(): the batches, with a bar on a terminal, of rank 0 alone."""
-    disable = None if is_rank_0() else True                            # None: where no terminal is
-    return tqdm(batches, title, leave=False, disable=disable, **more)
-
-
-def default_workers():
-    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores // local_world())
-
-
 def wrap(model, blocks, machine, world):
     """The model as it is trained: with activation checkpointing of its blocks, compiled, in DistributedDataParallel."""
     if machine.deterministic:            # an error if there is no such form; with warn_only attention would not be so
@@ -165,6 +131,15 @@ def wrap(model, blocks, machine, world):
     net = DistributedDataParallel(model)
     net.broadcast_buffers = False        # they follow from the configuration; torch is renaming the argument
     return net
+
+
+def is_rank_0():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_world():
+    """The number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def once_per_node(function, *args, **kwargs):
@@ -202,116 +177,107 @@ def on_rank_0(function, *args):
     return answer
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Printing
+
+
 def print_rank0(text, file=None):
+    """Print on rank 0. What a pipe does not take, as nobody reads it any more, is dropped: a run goes on without."""
+    file = file or sys.stdout
     if is_rank_0():
-        tqdm.write(text, file or sys.stdout)
-        (file or sys.stdout).flush()
+        try:
+            tqdm.write(text, file)
+            file.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())     # or flushing it at exit would be an error
 
 
-class Output:
-    """A stream that a program never waits for, and never ends with: a thread hands on what is written; what nobody
-    reads, or a closed pipe or a full disk does not take, is dropped."""
-
-    def __init__(self, stream, most=2 ** 24):
-        """most: characters that may wait; what comes then is dropped."""
-        self.stream, self.most, self.given, self.taken = stream, most, 0, 0
-        self.texts = queue.SimpleQueue()                 # without a lock that a finalizer that prints would wait for
-        threading.Thread(target=self.hand_on, daemon=True).start()
-        atexit.register(self.finish)
-
-    def __getattr__(self, name):                         # isatty, encoding ...
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        if self.given - self.taken < self.most:
-            self.given += len(text)
-            self.texts.put(text)
-        return len(text)
-
-    def flush(self):
-        pass
-
-    def hand_on(self):
-        while True:
-            text = self.texts.get()
-            rest = text.encode(self.stream.encoding, "backslashreplace")
-            while rest:                  # not through the stream, whose lock the interpreter's end would wait for
-                try:
-                    rest = rest[os.write(self.stream.fileno(), rest):]
-                except BlockingIOError:
-                    time.sleep(0.05)
-                except (OSError, ValueError):
-                    break
-            self.taken += len(text)
-
-    def finish(self):
-        """Wait until all is handed on, two seconds at most."""
-        deadline = time.monotonic() + 2
-        while self.taken < self.given and time.monotonic() < deadline:
-            time.sleep(0.01)
+def progress(batches, title, **more):
+    """tqdm(): the batches, with a bar on a terminal, of rank 0 alone."""
+    disable = None if is_rank_0() else True                            # None: where no terminal is
+    return tqdm(batches, title, leave=False, disable=disable, **more)
 
 
-stop_requests = []                 # what asked this program to stop: signals
-write_lock = threading.Lock()      # held while a file is written
-at_stake = threading.Event()       # set once there is something to lose
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests to stop, and errors
+
+
+stop_requests = []       # the signals that have asked this program to stop
+replaced = {}            # {signal: what it did before stop_on_signals}
 
 
 def stop_on_signals():
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the program to stop, by what they leave in stop_requests; before anything
-    is at stake they end it at once, and so does one that comes two seconds or more after the first. (Sooner it is the
-    same Ctrl-C, from the terminal and from torchrun.) A process whose launcher has died is asked, too.
-
-    A thread takes them: a Python handler would wait for ever if the program does, for a download or another rank. So
-    would a program that prints where nobody reads, hence Output.
-    """
-    for name in ("stdout", "stderr"):
-        with suppress(AttributeError, OSError):          # closed, or no file
-            getattr(sys, name).fileno()
-            setattr(sys, name, Output(getattr(sys, name)))
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
+    """From now on signals ask the program to stop, by what they leave in stop_requests, until its main() ends. What a
+    process ignores, as SIGHUP under nohup, it still ignores; outside the main thread nothing is changed."""
+    if replaced or threading.current_thread() is not threading.main_thread():
+        return
+    stop_requests.clear()
     for number in SIGNALS:
-        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:       # by nohup
-            signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=listen, args=(reading, writing), daemon=True).start()
+        if signal.getsignal(number) != signal.SIG_IGN:
+            replaced[number] = signal.signal(number, lambda number, _: stop_requests.append(number))
 
 
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "ILLAMA_LADDER")      # by torchrun, or by replication/ladder.py
-
-
-def listen(reading, writing):            # the latter to keep it open
-    first, launcher = math.inf, os.getppid()
-    reading.settimeout(1)                # seconds between two looks for the launcher
-    while True:
-        try:
-            number = reading.recv(1)[0]
-        except TimeoutError:
-            if first < math.inf or os.getppid() == launcher or not any(name in os.environ for name in LAUNCHED):
-                continue
-            number = signal.SIGTERM      # this process is an orphan
-        if number in SIGNALS:
-            if not at_stake.is_set() or time.monotonic() - first > 2:
-                with write_lock:
-                    os._exit(128 + number)
-            stop_requests.append(number)
-            if first == math.inf:
-                first = time.monotonic()
-                print_rank0("stopping as soon as everything is saved; a second signal ends it at once")
+def restore_signals():
+    for number, handler in replaced.items():
+        signal.signal(number, handler)
+    replaced.clear()
 
 
 def ignore_signals():
-    """Those that ask to stop: once all is saved, and in workers, which they reach too."""
-    signal.set_wakeup_fd(-1)     # inherited by fork: a worker's signals would reach the run's listen()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    replaced.clear()
+
+
+REFUSALS = {  # what the system refuses, by words in torch's error
+    "DataLoader worker \\(pid": "a data-loading worker was ended by the system, which may be short of memory or of "
+                                "shared memory (/dev/shm): use fewer --workers",
+    "EADDRINUSE|address already in use": "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun "
+                                         "another --master_port",
+    "CUDA out of memory": "the GPU has too little free memory for this: add --recompute, or start with a smaller "
+                          "--micro-batch; in evaluation make --batch-size smaller",
+}
+REPORT_AFTER = 5         # seconds, on other ranks than local rank 0, which usually has the same error
+
+
+@contextmanager
+def report_errors():
+    """Around main(): bad input, and what the system refuses, ends it with one line and exit code 2."""
+    try:
+        yield
+    except (InputError, RuntimeError, OSError) as error:
+        known = [reason for words, reason in REFUSALS.items() if re.search(words, str(error), re.I)]
+        if isinstance(error, InputError):                # of a worker it comes with its traceback, itself last
+            reason = str(error).strip().splitlines()[-1].removeprefix("harness.flags.InputError: ")
+        elif known:
+            reason = known[0]
+        elif isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}: give another path"
+        else:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            restore_signals()
+            time.sleep(REPORT_AFTER)   # torchrun ends this one, unless local rank 0 has no error
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        restore_signals()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data-loading workers
+
+
+def default_workers():
+    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores // local_world())
 
 
 def start_worker(_):
-    """Ignore signals: a worker's death would end the run before it is saved. Freeze the garbage collector: its marks
-    would copy the shared memory of all modules, 80 MB per worker. Print directly: threads are not inherited."""
+    """Ignore signals, which reach workers too: a worker's death would end the run before it is saved. Freeze the
+    garbage collector: its marks would copy the shared memory of all modules, 80 MB per worker."""
     ignore_signals()
-    sys.stdout, sys.stderr = (getattr(stream, "stream", stream) for stream in (sys.stdout, sys.stderr))
     gc.freeze()
 
 

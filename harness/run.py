@@ -1,37 +1,34 @@
-"""A run's folder and what happens beside the training.
+"""A run's folder, and what happens beside the training.
 
-    folder = RunFolder(...)              # made or resumed, locked; restores the optimizer
-    monitor = Monitor(...)               # progress, unreadable images, numbers that are not finite, requests to stop
+    folder = RunFolder(given)                    # finds the run to resume, if any: folder.checkpoint
+    folder.check(settings, state)                # the same on all ranks, and as in the checkpoint
+    folder.open(model, optimizer, scaler)        # makes a new run's folder, locks it, restores the optimizer
+    monitor = Monitor(folder, started, losses)   # progress, numbers that are not finite, requests to stop
 
 Both are plain objects that a training loop calls, that of train.py and that of downstream/segment.py.
 """
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import shlex
-import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from harness.checkpoint import CHECKPOINT, load_optimizer, read_checkpoint, validate
-from harness.files import read_bytes
-from harness.flags import InputError, flags_of, nonempty, overrides, plural, printable, require, shorten
-from harness.processes import (DEVICES, PREEMPTED, all_gather, at_stake, default_workers, ignore_signals, is_rank_0,
-                               on_rank_0, print_rank0, processor, progress, shut_down, stop_requests, write_lock)
+from harness.checkpoint import load_optimizer, read_checkpoint, require_keys
+from harness.flags import InputError, flags_of, nonempty, overrides, plural, require, shorten
+from harness.processes import (DEVICES, PREEMPTED, all_gather, default_workers, ignore_signals, is_rank_0, on_rank_0,
+                               print_rank0, processor, progress, shut_down, stop_on_signals, stop_requests)
 from model import Config
 
-FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "best.pt")    # of a run's folder
+FILES = ("config.json", "metrics.jsonl", "last.pt", "best.pt")           # of a run's folder
 
 
 @dataclass
@@ -55,103 +52,14 @@ def add_eval_flags(parser):
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
 
 
-def find_checkpoint(given, *parts, out="out"):
-    """(path, checkpoint) that --resume means, the newest that is intact; (None, None) if nothing has been saved yet.
-    `parts` are the dataclasses of the checkpoint's state, run and recipe."""
-    if "resume" not in given:
-        return None, None
-    require(not (given["resume"] and "out" in given),
-            f"--resume {given['resume']} continues in that folder: drop --out")
-    explicit = given["resume"] or given.get("out")
-    root = Path(explicit or out)
-    if root.is_file():
-        return root, check_run(read_checkpoint(root), root, *parts)
-    names = "last.pt", "prev.pt"                     # by age: whatever time a copied file bears
-    folders = [root] if explicit else [root, *root.glob("*")]
-    found = [path for name in names for path in (folder / name for folder in folders) if path.exists()]
-    require(found or not given["resume"], f"--resume {root}: no checkpoint there; check the path, or give --out {root} "
-            "--resume, which starts where nothing has been saved")
-    if not found:
-        return None, None
-    folder, errors = max(found, key=lambda path: path.stat().st_mtime).parent, []
-    if is_rank_0() and (folder / ".lock").exists():
-        held = lock(folder)                          # an error while another process writes what is read here
-        if held:
-            held.close()
-    for path in (folder / name for name in names if folder / name in found):
-        try:
-            checkpoint = read_checkpoint(path)
-        except InputError as error:                  # it is damaged
-            errors.append(str(error))
-            continue
-        if errors:
-            print_rank0(f"warning: resuming from {path}, the one before, for {'; '.join(errors)}", sys.stderr)
-        return path, check_run(checkpoint, path, *parts)
-    raise InputError(f"no checkpoint in {folder} is intact ({'; '.join(errors)}): restore one, or start anew")
-
-
-def check_run(checkpoint, path, state, run, recipe):
-    """The checkpoint, if it is of such a run. InputError for another."""
-    if isinstance(checkpoint.get("run"), dict):
-        checkpoint["run"].pop("select", None)            # a flag of earlier versions
-    if isinstance(checkpoint.get("recipe"), dict):
-        segments, should = "head" in checkpoint["recipe"], "head" in {field.name for field in fields(recipe)}
-        require(segments == should, f"{path} is a run of {'downstream.segment' if segments else 'train.py'}: resume it "
-                "with that program, or start from its weights with --init-from")
-    validate(checkpoint, CHECKPOINT | {field.name: field.type for field in fields(state)} | dict(
-        run=run, recipe=recipe, classes=list, train_images=int, ranks=int, optimizer=dict, scaler=dict), path)
-    return checkpoint
-
-
-def check_data(run, recipe, cfg, state, train, val, checkpoint):
-    """InputError if there are too few images, if they are not those of the run to resume, or if ranks differ: through a
-    file that not all nodes have, or a flag given to some of them."""
-    compare_flags(run)
-    images = images_of(train, val)
-    require(len(train) >= recipe.batch_size, f"--data {run.data} has {len(train)} training images, less than one "
-            f"--batch-size {recipe.batch_size}: make it smaller")
-    if checkpoint:
-        require(list(train.classes) == checkpoint["classes"], f"--data {run.data} has the classes "
-                f"{shorten(train.classes)}, but the run to resume had {shorten(checkpoint['classes'])}: give the data "
-                "that it was started with")
-        require(len(train) == checkpoint["train_images"], f"--data {run.data} has {len(train)} training images, but "
-                f"the run to resume had {checkpoint['train_images']}: give the data that it was started with")
-        total = getattr(recipe, "iterations", None) or recipe.epochs * (len(train) // recipe.batch_size)
-        require(state.iteration <= total, f"the checkpoint is at iteration {state.iteration:,} of {total:,}: use "
-                "another one")
-        require(checkpoint.get("images", images) == images, f"--data {run.data} has images of other names than the run "
-                "to resume had, or other validation images: give the data that it was started with")
-    compare_ranks(asdict(state) | asdict(cfg) | asdict(recipe) | dict(
-        train_images=len(train), test_images=len(val), classes=train.classes, images=images))
-
-
-def images_of(train, val):
-    """A hash of how many images there are and of their files' names: what tells one data set from another."""
-    digest = hashlib.sha256(f"{len(train)} {len(val)}".encode())
-    for source in (train, val):
-        digest.update(getattr(source, "names", np.array([])).tobytes())      # drawn and downloaded ones have none
-    return digest.hexdigest()
-
-
-def compare_flags(run):
-    """InputError if ranks were given different flags: before anything that they do in turn, or they would wait."""
-    data = "" if Path(run.data).exists() else run.data                       # a folder may have two paths
-    compare_ranks(asdict(run) | dict(data=data))
-
-
-def compare_ranks(mine):
-    first, *others = all_gather(mine)
-    for rank, theirs in enumerate(others, 1):
-        for name in mine:
-            require(theirs[name] == first[name], f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on rank "
-                    f"{rank}: give all nodes the same data and flags, and a folder for --out and --resume that they "
-                    "share")
-
-
 def settings_of(run, recipe, cfg, train, val, world):
     """What config.json and each checkpoint say of a run: plain types."""
     return dict(run=asdict(run), recipe=asdict(recipe), config=asdict(cfg), classes=list(train.classes),
-                train_images=len(train), images=images_of(train, val), ranks=world)
+                train_images=len(train), test_images=len(val), ranks=world)
+
+
+def in_words(value):
+    return shorten(value) if isinstance(value, list) else f"{value:,}"
 
 
 def name_of(settings):
@@ -162,82 +70,28 @@ def name_of(settings):
     return f"{run['size']}-{run['step']}{changes}-{Path(run['data']).name}{head}".replace(" --", "-").replace(" ", "-")
 
 
-def make_folder(out, name, resume):
-    """The run's folder. Without `out`: out/NAME-N, N the first free number."""
-    try:
-        existing = FILES[1:] if resume else FILES        # a run that died before its first checkpoint left config.json
-        require(not out or not any(Path(out, file).exists() for file in existing),
-                f"--out {out} holds another run: give another folder, or add --resume to continue it")
-        if out:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            return Path(out)
-        Path("out").mkdir(exist_ok=True)                                        # an error if it is a link to nothing
-        for number in itertools.count(1):
-            with suppress(FileExistsError):
-                folder = Path("out", f"{name}-{number}")
-                folder.mkdir(parents=True)
-                return folder
-    except OSError as error:
-        raise InputError(f"--out {out or 'out'} cannot be made ({error.strerror}): give another folder") from error
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
-def device_line(dtype, machine, device):
-    parts = [processor(device), dtype]
-    if device.type == "cuda" and dtype == "float32":
-        parts.append(f"TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}")
-    if machine.compile:
-        parts.append("compiled")
-    if machine.recompute:
-        parts.append("activation checkpointing")
-    return f"device  {', '.join(parts)}"
-
-
-def lock(folder):
-    """Lock the run's folder for this process: the open file that holds the lock, or None where there are no locks.
-    InputError if another process has it."""
-    try:
-        import fcntl                                     # not on Windows
-    except ImportError:
-        return None
-    file = open(folder / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise InputError(f"{folder} is being trained by {file.read() or 'another process'}: wait until that has ended; "
-                         f"if it has, delete {file.name}") from error
-    except OSError:                                      # a file system without locks
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def write(path, content, previous=None):
-    """Write bytes so that the file is intact at any moment, old or new; the old one is kept as `previous`."""
+def write(path, content):
+    """Replace a file by bytes, or by a checkpoint, so that it is intact at any moment, old or new."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()                            # through memory: torch.save into a full disk hides the reason
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with write_lock:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous and path.exists():
-                os.replace(path, previous)
-            os.replace(temporary, path)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):                          # on a read-only file system
             temporary.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror}): make room for it, then go on with --resume; "
                          "what was saved before is intact") from error
-
-
-def store(checkpoint, path, previous=None):
-    """Write a checkpoint as write() does."""
-    buffer = io.BytesIO()                                # through memory: torch.save into a full disk hides the reason
-    torch.save(checkpoint, buffer)
-    write(path, buffer.getbuffer(), previous)
 
 
 def append_row(row, file=None):
@@ -251,85 +105,160 @@ def append_row(row, file=None):
             rows.write(line + "\n")
 
 
-class RunFolder:
-    """The folder of a run. What is to be saved is given once; save() and log() write it, on rank 0 alone.
+def lock(folder):
+    """Lock a folder while this process lives: the open file that holds the lock, or None where there are no locks. Its
+    file is never deleted. InputError if another process has it."""
+    try:
+        import fcntl                                     # not on Windows
+    except ImportError:
+        return None
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) # not flock, which forked workers of a killed run would hold
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f"{folder} is being trained by another process: wait until that has ended") from error
+    except OSError:                                      # a file system without locks
+        return None
+    return file
 
-    path, checkpoint: of find_checkpoint(). settings: of settings_of(), for config.json and each checkpoint. state: a
-    dataclass with iteration, epoch and the best score, best_*.
+
+def find_checkpoint(given, below):
+    """The last.pt that --resume means: of PATH, of --out, or of the latest run in the folder `below`. None without
+    --resume, or if nothing has been saved yet."""
+    if "resume" not in given:
+        return None
+    path, out = given["resume"], given.get("out")
+    require(not (path and out), f"--resume {path} continues in that folder: drop --out")
+    if path or out:
+        file = Path(path or out)
+        file = file if file.is_file() else file / "last.pt"
+        require(file.name == "last.pt", f"--resume takes a run's folder or its last.pt, not {file}: give one of them, or "
+                f"start a new run with --init-from {file}")
+        require(file.exists() or not path, f"--resume {path}: no checkpoint there; check the path, or give --out {path} "
+                "--resume, which starts where nothing has been saved")
+        return file if file.exists() else None
+    return max(Path(below).glob("*/last.pt"), key=lambda file: file.stat().st_mtime, default=None)
+
+
+def make_folder(out, name, below, resuming):
+    """A new run's folder: `out`, or below/NAME-N, N the first free number."""
+    if out:
+        existing = FILES[1:] if resuming else FILES      # a run that died before its first checkpoint left config.json
+        require(not any(Path(out, file).exists() for file in existing), f"--out {out} holds another run: give another "
+                "folder, or add --resume to continue it")
+        Path(out).mkdir(parents=True, exist_ok=True)
+        return Path(out)
+    Path(below).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        with suppress(FileExistsError):
+            folder = Path(below, f"{name}-{number}")
+            folder.mkdir()
+            return folder
+
+
+class RunFolder:
+    """The folder of a run: config.json, metrics.jsonl, last.pt and best.pt, written by rank 0 alone.
+
+    path: the folder, once it is open. checkpoint: of the run to resume, or None. settings: of settings_of(). state: a
+    dataclass with iteration, epoch and what else differs between two checkpoints. n_parameters: of the model.
     """
 
-    def __init__(self, given, path, checkpoint, settings, state, model, optimizer, scaler, below=""):
-        self.settings, self.state, self.model, self.optimizer, self.scaler = settings, state, model, optimizer, scaler
-        self.file, self.checkpoint, self.resuming = path, checkpoint, "resume" in given
-        self.n_parameters = sum(p.numel() for p in model.parameters())
-        if checkpoint:
-            load_optimizer(optimizer, checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        name = Path(below, name_of(settings))
-        self.path = path.parent if path else on_rank_0(make_folder, given.get("out", ""), name, self.resuming)
-        self.rows = on_rank_0(self.prepare, path and Path(given["resume"] or "") == path)
-        if not (self.path / "best.pt").exists():         # last.pt was copied without it
-            for field in fields(state):
-                if field.name.startswith("best_"):
-                    setattr(state, field.name, -1.0)
+    def __init__(self, given, below="out", segments=False):
+        """given: of parse_flags(). below: the folder of all runs. segments: whether they are of downstream.segment."""
+        self.out, self.below, self.resuming = given.get("out", ""), below, "resume" in given
+        self.file, self.checkpoint, self.lock = find_checkpoint(given, below), None, None
+        if self.file:
+            self.lock = lock(self.file.parent) if is_rank_0() else None          # before it is read
+            self.checkpoint = read_checkpoint(self.file)
+            keys = "run recipe config classes train_images ranks model optimizer scaler iteration epoch loss_sum"
+            require_keys(self.checkpoint, keys.split(), self.file)
+            require(("head" in self.checkpoint["recipe"]) == segments, f"{self.file} is a run of "
+                    f"{'train.py' if segments else 'downstream.segment'}: resume it with that program, or start from its "
+                    "weights with --init-from")
 
-    def prepare(self, explicit):
-        """Put the folder in order before training; returns the rows of metrics.jsonl of the epochs done."""
-        self.lock = lock(self.path)
+    def check(self, settings, state):
+        """InputError if there are too few images, if the data are not those of the run to resume, or if ranks were
+        given different flags or data, or a --resume and --out that they do not share."""
+        self.settings, self.state = settings, state
+        saved, data, batch_size = self.checkpoint, settings["run"]["data"], settings["recipe"]["batch_size"]
+        require(settings["train_images"] >= batch_size, f"--data {data} has {settings['train_images']} training images, "
+                f"less than one --batch-size {batch_size}: make it smaller")
+        of_data = {name: settings[name] for name in ("classes", "train_images", "test_images")}
+        for name, value in of_data.items() if saved else ():
+            before = saved.get(name, value)              # earlier versions did not count test images
+            require(value == before, f"--data {data} has other {name.replace('_', ' ')} than the run to resume, "
+                    f"{in_words(value)} instead of {in_words(before)}: give the data that it was started with")
+        mine = settings["run"] | settings["recipe"] | settings["config"] | asdict(state) | of_data
+        first, *others = all_gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            for name in mine:
+                require(theirs[name] == first[name], f"{name} is {first[name]!r} on rank 0, but {theirs[name]!r} on "
+                        f"rank {rank}: give all nodes the same data and flags, and a folder for --out and --resume "
+                        "that they share")
+
+    def open(self, model, optimizer, scaler):
+        """Make a new run's folder and lock it, or restore the optimizer of the run to resume."""
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.n_parameters = sum(p.numel() for p in model.parameters())
+        if self.checkpoint:
+            self.path = self.file.parent
+            load_optimizer(optimizer, self.checkpoint["optimizer"], self.file)
+            if self.checkpoint["scaler"]:                # none unless it was in float16
+                scaler.load_state_dict(self.checkpoint["scaler"])
+        else:
+            self.path = on_rank_0(make_folder, self.out, name_of(self.settings), self.below, self.resuming)
+        self.rows = on_rank_0(self.prepare)
+
+    def prepare(self):
+        """On rank 0: put the folder in order; returns the lines of metrics.jsonl of the epochs done."""
+        self.lock = self.lock or lock(self.path)
         for name in FILES:                               # of a process that was killed while it wrote
             (self.path / f"{name}.tmp").unlink(missing_ok=True)
-        if self.file and self.file.name == "prev.pt" and not explicit:
-            os.replace(self.file, self.path / "last.pt") # or the next save would put a damaged last.pt in its place
         write(self.path / "config.json", json.dumps(self.settings, indent=1).encode())
-        try:
-            return read_bytes(self.path / "metrics.jsonl").splitlines()[: self.state.epoch]
-        except FileNotFoundError:
-            return []
+        metrics = self.path / "metrics.jsonl"
+        return metrics.read_bytes().splitlines()[: self.state.epoch] if metrics.exists() else []
 
-    def announce(self, usual, machine, device, train, val, micro_batch, notes, epochs, per_epoch, period="epoch"):
-        """Print what the run is, how and where, and what it starts from. `usual` is the recipe before flags changed it,
-        `notes` say what had to be adapted of the weights; an epoch, or another period, ends with an evaluation."""
-        run, recipe, world = (self.settings[name] for name in ("run", "recipe", "ranks"))
-        cfg = Config(**self.settings["config"])
+    def announce(self, usual, machine, micro_batch, notes, epochs, per_epoch, unit="epoch"):
+        """Print what the run is, how and where, and what it starts from. usual: the recipe before flags changed it.
+        notes: what had to be adapted of the weights. per_epoch: iterations; unit: how an epoch is called."""
+        settings, saved = self.settings, self.checkpoint
+        run, recipe, world = settings["run"], settings["recipe"], settings["ranks"]
+        cfg, usual = Config(**settings["config"]), asdict(usual)
         head = f", head {recipe['head']}" if "head" in recipe else ""
         changes = flags_of(overrides(cfg, run["size"], run["step"]))
         print_rank0(f"model   {run['size']}, step {run['step']}{changes}{head}: {self.n_parameters:,} parameters, "
                     f"{cfg.img_size} x {cfg.img_size} pixels in patches of {cfg.patch_size}, {cfg.tokens} tokens, "
                     f"mask {cfg.mask}")
-        print_rank0(f"data    {run['data']}: {len(train):,} images to train, {len(val):,} to test, "
-                    f"{len(train.classes)} classes")
+        print_rank0(f"data    {run['data']}: {settings['train_images']:,} images to train, "
+                    f"{settings['test_images']:,} to test, {len(settings['classes'])} classes")
         parts = (plural(world, "rank"), plural(recipe["batch_size"] // world // micro_batch, "micro-batch", "es"),
                  plural(micro_batch, "image"))
-        usual = asdict(usual)
         changes = flags_of({name: value for name, value in recipe.items() if value != usual[name]})
         print_rank0(f"batch   {recipe['batch_size']} = {' x '.join(parts)}; recipe {run['recipe']}{changes}: "
-                    f"{plural(epochs, period)} of {plural(per_epoch, 'iteration')}")
-        print_rank0(device_line(run["dtype"], machine, device))
-        if not self.checkpoint:
+                    f"{plural(epochs, unit)} of {plural(per_epoch, 'iteration')}")
+        how = [processor(next(self.model.parameters()).device), run["dtype"]]
+        how += ["compiled"] if machine.compile else []
+        how += ["activation checkpointing"] if machine.recompute else []
+        print_rank0(f"device  {', '.join(how)}")
+        if not saved:
             if run["init_from"]:
                 print_rank0(f"init    {'; '.join(['weights of ' + run['init_from'], *notes])}")
             print_rank0(f"run     {self.path}" + (", nothing to resume" if self.resuming else ""))
             return
         print_rank0(f"resume  {self.file} at iteration {self.state.iteration:,} of {epochs * per_epoch:,}"
                     + (", finished" if self.state.epoch == epochs else ""))
-        if self.checkpoint["ranks"] != world:
-            print_rank0(f"ranks   {self.checkpoint['ranks']} before, {world} now: what is drawn by rank, and rounding, "
-                        "will differ")
+        for name, before, now in (("ranks", saved["ranks"], world), ("dtype", saved["run"]["dtype"], run["dtype"])):
+            if before != now:
+                print_rank0(f"{name:7} {before} before, {now} now: rounding will differ, and what is drawn by rank")
 
     def save(self, improved=False):
-        """Write last.pt, keeping the one before as prev.pt; and best.pt if `improved`. InputError on all ranks if the
-        last update made weights infinite."""
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
-        require(finite, f"weights are not finite after iteration {self.state.iteration}, which was not saved: try a "
-                "smaller --lr or --dtype float32")
-        if not is_rank_0():
-            return
-        weights = self.settings | asdict(self.state) | dict(model=self.model.state_dict())
-        if improved:
-            store(weights, self.path / "best.pt")
-        moments = self.optimizer.state_dict()["state"]
-        checkpoint = weights | dict(optimizer=moments, scaler=self.scaler.state_dict())
-        store(checkpoint, self.path / "last.pt", self.path / "prev.pt")
+        """Write last.pt, and best.pt if `improved`."""
+        if is_rank_0():
+            weights = self.settings | asdict(self.state) | dict(model=self.model.state_dict())
+            if improved:
+                write(self.path / "best.pt", weights)
+            resumable = dict(optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
+            write(self.path / "last.pt", weights | resumable)
 
     def log(self, row):
         """Add a line to metrics.jsonl."""
@@ -337,22 +266,16 @@ class RunFolder:
         if is_rank_0():
             write(self.path / "metrics.jsonl", b"".join(row + b"\n" for row in self.rows))
 
-    def unlock(self):
-        if is_rank_0():
-            (self.path / ".lock").unlink(missing_ok=True)
-
     def end_early(self):
         """End a run that was asked to stop and has saved itself."""
-        self.unlock()
         print_rank0(f"preempted at iteration {self.state.iteration}; go on with --resume {shlex.quote(str(self.path))}")
         if dist.is_initialized():
-            dist.barrier()                               # or torchrun would end rank 0 because another rank has ended
-        ignore_signals()                                 # they are sent until a process has ended
+            ignore_signals()                             # torchrun sends them when the first rank has ended
+            dist.barrier()                               # or it would end rank 0 because another one has
         sys.exit(PREEMPTED)
 
     def finish(self, best, program, data):
-        """Print how good the best weights are and, if a `program` can, how to evaluate them; and leave the folder and
-        the other ranks."""
+        """Print how good the best weights are and, if a `program` can, how to evaluate them; leave the other ranks."""
         file = self.path / "best.pt"
         if file.exists():
             best = f"{best} in {file}"
@@ -360,60 +283,48 @@ class RunFolder:
             best = file = self.path / "last.pt"
         command = f"; evaluate it: {program} {shlex.quote(str(file))} --data {shlex.quote(data)}" if program else ""
         print_rank0(f"done    {best}{command}")
-        self.unlock()
         shut_down()
 
 
 class Monitor:
-    """Watches a run: progress, waiting for data, images that cannot be read, losses that are not finite, and requests
-    to stop. Rank 0 shows a bar on a terminal, elsewhere a line every ten seconds."""
+    """Watches a run: progress, waiting for data, losses that are not finite, and requests to stop. Rank 0 shows a bar on
+    a terminal, elsewhere a line every ten seconds."""
 
-    def __init__(self, started, state, batch_size, losses, n_images, folder):
+    def __init__(self, folder, started, losses):
         """started: when the program did; losses: how many a loss of check() is the sum of, over micro-batches and
-        ranks; n_images: of an epoch."""
-        self.started, self.state, self.batch_size, self.losses, self.folder = started, state, batch_size, losses, folder
-        self.most_unreadable = min(n_images - 1, max(10, n_images // 100))
-        self.n_images, self.waited, self.unreadable, self.stopping = n_images, 0.0, 0, False
+        ranks."""
+        self.folder, self.started, self.losses, self.state = folder, started, losses, folder.state
+        self.batch_size, self.waited, self.stopping = folder.settings["recipe"]["batch_size"], 0.0, False
 
     def watch(self, batches):
-        """(images, labels) of a loader's batches, timed; read errors are counted, each printed once by rank."""
+        """A loader's batches, with the time that is spent waiting for them."""
         return self.watched(iter(batches))               # now, as a loader's start draws from torch's generator
 
     def watched(self, batches):
-        warned = set()
         while True:
             start = time.perf_counter()
-            images, labels, errors = next(batches)
+            batch = next(batches)
             self.waited += time.perf_counter() - start
-            for error in errors:
-                self.unreadable += bool(error)
-                if error and error not in warned:
-                    warned.add(error)
-                    tqdm.write(f"warning: {printable(error)}; until then the next one takes its place", sys.stderr)
-            yield images, labels
+            yield batch
 
     def check(self, loss, grad_norm, scaler):
         """Mean over micro-batches and ranks of this rank's sum over its micro-batches: beside the gradients the one
         exchange of an iteration, and its only wait for the device. InputError on all ranks if a loss or gradient is not
-        finite on one, or too many images are not read."""
-        counts = [torch.full_like(loss, count) for count in (self.unreadable, len(stop_requests))]
-        sums = torch.stack([loss, grad_norm, *counts])
+        finite on one."""
+        sums = torch.stack([loss, grad_norm, torch.full_like(loss, len(stop_requests))])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, grad_norm, unreadable, stops = sums.tolist()
+        loss, grad_norm, stops = sums.tolist()
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())    # a GradScaler skips those
         require(finite, f"the loss or its gradient is not a finite number at iteration {self.state.iteration}; it was "
                 f"not applied, and {self.folder.path} holds the run as it was last saved: try a smaller --lr or "
                 "--dtype float32")
-        self.state.unreadable += int(unreadable)
-        require(self.state.unreadable <= self.most_unreadable, f"more than {self.most_unreadable:,} of "
-                f"{self.n_images:,} training images cannot be read: see the warnings, and replace or remove them")
-        self.unreadable, self.stopping, self.loss = 0, stops > 0, loss / self.losses
+        self.stopping, self.loss = stops > 0, loss / self.losses
         return self.loss
 
     def start(self, title, done, total):
-        """Begin an epoch of which so many iterations are done."""
-        at_stake.set()
+        """Begin an epoch of which so many iterations are done. From now on there is something to save."""
+        stop_on_signals()
         self.title, self.done, self.total = title, done, total
         self.began = self.shown = time.perf_counter(), done, self.waited     # when, iterations, seconds without data
         self.bar = progress(None, title, total=total, initial=done)

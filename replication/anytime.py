@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from data import check_readable, normalize
+from data import normalize
 from downstream.anytime import on_rows
-from harness.flags import check_bounds, report_errors
+from harness.flags import check_bounds
+from harness.processes import report_errors
 from harness.run import append_row
 from replication.properties import open_subjects, parser_of_checkpoints
 
@@ -17,8 +18,7 @@ from replication.properties import open_subjects, parser_of_checkpoints
 def accuracy_by_row(subject):
     """Top-1 in percent after each row of patches. InputError if an image cannot be read."""
     hits = [0] * subject.model.cfg.grid
-    for images, labels, errors in subject.batches(subject.source):
-        check_readable(errors)
+    for images, labels in subject.batches(subject.source):
         images, labels = normalize(images.to(subject.device)), labels.to(subject.device)
         for row in range(len(hits)):
             guess = on_rows(subject.model, images, 1 + row).argmax(-1)

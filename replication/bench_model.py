@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from harness.flags import InputError, Parser, check_bounds, report_errors, require
-from harness.processes import DEVICES, processor, use_tf32, wrap
+from harness.flags import InputError, Parser, check_bounds, require
+from harness.processes import DEVICES, processor, report_errors, use_tf32, wrap
 from harness.run import Machine, append_row
 from model import SIZES, VisionTransformer, config
 from replication.properties import multiply_accumulates, one_process

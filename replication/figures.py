@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import functional as TF
 from data import eval_transform, normalize, open_data
 from downstream.attention import class_token_attention
 from harness.checkpoint import build, open_checkpoint
-from harness.flags import Parser, report_errors, require, shorten
+from harness.flags import Parser, require, shorten
+from harness.processes import report_errors
 from harness.shapes import Shapes
 from model import STEPS, Config, VisionTransformer
 from replication.ladder import VARIANTS, title_of

@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import open_data
-from harness.files import read_bytes
-from harness.flags import InputError, Parser, check_bounds, flag, report_errors, require
-from harness.processes import DEVICES, at_stake, default_workers, stop_on_signals, stop_requests
+from harness.flags import InputError, Parser, check_bounds, flag, require
+from harness.processes import DEVICES, default_workers, report_errors, stop_on_signals, stop_requests
 from train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +95,7 @@ def train(folder, command, jobs, device):
         return None
     folder.mkdir(parents=True, exist_ok=True)
     cores = max(1, default_workers() // jobs)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(cores), ILLAMA_LADDER="yes")
+    environment = os.environ | dict(OMP_NUM_THREADS=str(cores))
     machine = ["--device", device, "--workers", "0" if device == "cpu" else str(cores)]
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen([sys.executable, *command, *machine, "--out", folder, "--resume"], stdout=log,
@@ -112,7 +111,7 @@ def train(folder, command, jobs, device):
 def read_rows(file):
     """The rows of a file, if there is one. InputError if it is damaged."""
     try:
-        rows = [json.loads(line) for line in read_bytes(file).splitlines()] if file.exists() else []
+        rows = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
     except ValueError as error:
         raise InputError(f"{file} does not have a JSON object in each line ({error}): repair or remove it") from error
     require(all(isinstance(row, dict) for row in rows), f"{file} does not have a JSON object in each line: repair or "
@@ -168,8 +167,7 @@ def parse_runs(parser, argv):
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
-    stop_on_signals()
-    at_stake.set()                                                      # its runs save themselves
+    stop_on_signals()                                                   # its runs save themselves
     return args
 
 

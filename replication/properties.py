@@ -29,8 +29,8 @@ from downstream.attention import class_token_attention
 from eval import evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
 from harness.files import open_folder
-from harness.flags import Parser, check_bounds, report_errors, require, shorten
-from harness.processes import setup
+from harness.flags import Parser, check_bounds, require, shorten
+from harness.processes import report_errors, setup
 from harness.run import add_eval_flags, append_row
 from harness.shapes import DRAWN, Shapes
 from model import VisionTransformer
@@ -63,7 +63,7 @@ class Subject:
     def examples(self, places):
         """Images (n, 3, H, W), uint8, and labels (n,) of the validation split."""
         images = self.images(self.source)
-        pixels, labels, _ = zip(*(images[0, place] for place in places))
+        pixels, labels = zip(*(images[0, place] for place in places))
         return torch.stack(pixels).to(self.device), torch.tensor(labels, device=self.device)
 
     @cached_property

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from harness.flags import report_errors
-from harness.processes import stop_on_signals
+from harness.processes import report_errors
 from model import Attention, VisionTransformer, attention_weights
 from replication.ladder import FLAGS, parse_runs, parser_of_runs, train_all
 from replication.rows import MODELS
@@ -133,7 +132,6 @@ PROGRAMS = {"train": (QuantizedTransformer, 8), "control": (NormalizedTransforme
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in PROGRAMS:
-        stop_on_signals()
         return train.main(argv[1:], architecture=PROGRAMS[argv[0]][0])
     args = parse_runs(parser_of_runs("quantize", __doc__, Path("out", "quantize")), argv)
     runs = {}

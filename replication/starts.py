@@ -14,8 +14,8 @@ import torch
 from data import seed_of
 from downstream import selection
 from harness.checkpoint import open_checkpoint
-from harness.flags import report_errors
-from harness.run import store
+from harness.processes import report_errors
+from harness.run import write
 from replication.ladder import ROOT, parse_runs, parser_of_runs, train_all
 from replication.transfer import open_part
 
@@ -45,7 +45,7 @@ def make_start(start, larger, path, seed):
     selection.main([*flags, "--rule", "uniform", "--out", str(selected)])
     checkpoint = open_checkpoint(selected)
     permute(checkpoint, seed)
-    store(dict(checkpoint), path)
+    write(path, checkpoint)
 
 
 def train_larger(args, name, program):

@@ -20,8 +20,8 @@ from torchvision.datasets import CIFAR10
 import train
 from data import open_data
 from harness.files import ImageFolder
-from harness.flags import nonempty, report_errors, require
-from harness.processes import stop_on_signals
+from harness.flags import nonempty, require
+from harness.processes import report_errors
 from replication.ladder import ROOT, parse_runs, parser_of_runs, train_all
 
 FLAGS = "--size nano --width 96 --heads 3 --depth 4 --batch-size 64 --lr 1e-3"
@@ -124,7 +124,6 @@ def tiny_runs(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
-        stop_on_signals()
         return train.main(argv[1:], open_data=open_part)
     parser = parser_of_runs("transfer", __doc__)
     parser.add_argument("--pretrain-epochs", type=int, default=5)

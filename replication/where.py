@@ -12,10 +12,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import check_readable
 from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
-from harness.flags import Parser, overrides, report_errors
+from harness.flags import Parser, overrides
+from harness.processes import report_errors
 from harness.run import append_row
 from replication.properties import one_process
 
@@ -52,8 +52,7 @@ def measure(model, batches, short_side):
     """dict(image, window) of profiles. InputError if an image or annotation cannot be read."""
     cfg = model.backbone.cfg
     image_counts = window_counts = 0
-    for images, labels, errors in tqdm(batches, leave=False, disable=None):
-        check_readable(errors)
+    for images, labels in tqdm(batches, leave=False, disable=None):
         image = TF.resize(images[0], max(cfg.img_size, short_side))              # as predict() does
         windows = list(by_window(model, image))
         predicted = resize(stitch(windows, *image.shape[1:])[None], labels.shape[1:])[0].argmax(0)

@@ -1,17 +1,13 @@
 """What several test files need: a small folder of images, a run on it, and programs in processes of their own."""
-import atexit
 import json
 import os
 import random
 import re
-import select
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -95,73 +91,26 @@ def environment(**changes):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {key: str(changes[key]) for key in changes}
 
 
-class Starter:
-    """starter.py, which forks our programs; their process ids, and the exit codes of those that have ended."""
-
-    def __init__(self):
-        self.pids, self.codes = [], {}
-        command = [sys.executable, ROOT / "tests" / "starter.py"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=environment(), start_new_session=True)
-        atexit.register(self.stop)
-
-    def stop(self):
-        """End it, for which its stdin is not enough, as data-loading workers may hold that, and what tests left."""
-        for pid in self.pids:
-            if pid not in self.codes:
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-        self.process.terminate()
-        self.process.communicate()
-
-    def ask(self, request):
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
-        if not ready:
-            starter.cache_clear()                                            # other tests get another one
-            self.stop()
-            pytest.fail("a program does not end")
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, **request):
-        self.pids.append(self.ask(request))
-        return self.pids[-1]
-
-    def wait_for_one(self, programs):
-        """(program, exit code) of the first of some programs that ends."""
-        while True:
-            for program in programs:
-                if program.pid in self.codes:
-                    return program, self.codes[program.pid]
-            pid, code = self.ask(None)
-            self.codes[pid] = code
-
-
-starter = cache(Starter)
-
-
 class Program:
-    """A program of ours in a process and a session of its own: its path, or -m and its module, and its flags.
+    """A program of ours in a process and a session of its own: its path, or -m and its module, and its flags. **changes
+    are of its environment; `out` is where it prints, instead of to a file."""
 
-    `ignored` signals are so at its start, `constants` of our modules have other values in it, and **changes are of its
-    environment.
-    """
-
-    def __init__(self, *command, out=None, ignored=(), constants={}, **changes):
+    def __init__(self, *command, out=None, **changes):
         self.folder = tempfile.TemporaryDirectory()
-        self.out, self.err = Path(out or Path(self.folder.name, "out")), Path(self.folder.name, "err")
-        self.pid = starter().start(
-            command=list(map(str, command)), environment=environment(**changes), ignored=ignored, constants=constants,
-            folder=os.getcwd(), out=str(self.out), err=str(self.err))
+        self.files = [Path(self.folder.name, name) for name in ("out", "err")]
+        with open(self.files[0], "w") as file, open(self.files[1], "w") as errors:
+            self.process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out or file, stderr=errors,
+                                            env=environment(**changes), start_new_session=True)
+        self.pid = self.process.pid
 
     def said(self):
-        return without_gloo(self.out.read_text()) if self.out.is_file() else ""
+        return without_gloo(self.files[0].read_text())
 
     def wait(self):
         """(exit code, what it wrote to stdout, to stderr); no process of its session is left."""
-        _, code = starter().wait_for_one([self])
+        code = self.process.wait(DEADLINE)
         wait_until(lambda: not left_behind(session=self.pid))
-        return code, self.said(), self.err.read_text()
+        return code, self.said(), self.files[1].read_text()
 
 
 def without_gloo(text):
@@ -177,22 +126,28 @@ def free_store():
 def in_ranks(ranks, *command, machines=1):
     """Run a program of ours on the CPU in several processes, on machines that are played, as torchrun would.
 
-    Ranks end by themselves, but where local rank 0 reports bad input: the others, which wait for that, are killed then.
-    Returns the exit code of the first that ended with an error or 0, and what all wrote to stdout and to stderr.
+    Ranks end by themselves, but where one reports bad input: the others, which wait for that, are killed then. Returns
+    the first exit code that is not 0, or 0, and what all wrote to stdout and to stderr.
     """
     store = free_store()
     local = ranks // machines
     shared = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=local, MASTER_ADDR="localhost", MASTER_PORT=store.port,
-                  TORCHELASTIC_USE_AGENT_STORE=True, constants={"harness.flags.REPORT_AFTER": DEADLINE})
+                  TORCHELASTIC_USE_AGENT_STORE=True)
     programs = [Program(*command, "--device", "cpu", RANK=rank, LOCAL_RANK=rank % local, **shared)
                 for rank in range(ranks)]
-    running, codes = list(programs), []
-    while running:
-        ended, code = starter().wait_for_one(running)
-        running.remove(ended)
-        codes.append(code)
-        for program in running if code == 2 else ():
-            os.kill(program.pid, signal.SIGKILL)
+    codes = []
+
+    def all_have_ended():
+        for program in programs:
+            if program.process.poll() is not None and program not in ended:
+                ended.append(program)
+                codes.append(program.process.returncode)
+        if 2 in codes:
+            for program in programs:
+                program.process.kill()
+        return len(ended) == ranks
+    ended = []
+    wait_until(all_have_ended)
     _, out, err = zip(*(program.wait() for program in programs))
     return next(filter(None, codes), 0), "".join(out), "".join(err)
 

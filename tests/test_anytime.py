@@ -75,7 +75,6 @@ def test_under_the_published_soft_mask_keys_and_values_of_the_first_rows_depend_
 def test_training_on_prefixes_resumes_exactly_and_differs_from_training_on_whole_images(photos, tmp_path, monkeypatch):
     flags = ["--data", str(photos), "--step", "abs_pos", *SMALL]
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(anytime, "stop_on_signals", lambda: None)
     anytime.main(["train", *flags, "--out", str(tmp_path / "prefixes")])
     with monkeypatch.context() as patch, pytest.raises(GeneratorExit):
         patch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(GeneratorExit))         # after an epoch

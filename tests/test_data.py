@@ -1,6 +1,5 @@
 """What is true of the data: one property a test."""
 import math
-import os
 import random
 import shutil
 from functools import partial
@@ -395,7 +394,7 @@ def test_workers_change_nothing():
     for workers in (0, 2):
         order = train_batches(40, 8, seed=1)
         batches.append(list(loader(Images(source, partial(train_transform, size=16)), order, workers)))
-    for (one, one_labels, _), (two, two_labels, _) in zip(*batches, strict=True):
+    for (one, one_labels), (two, two_labels) in zip(*batches, strict=True):
         assert torch.equal(one, two) and torch.equal(one_labels, two_labels)
         assert one.dtype == torch.uint8
 
@@ -418,7 +417,7 @@ def test_images_of_every_kind_are_read_in_colour(mode, name, tmp_path):
     photo(70, 50).convert(mode).save(tmp_path / name, format="PNG" if name == "png.JPEG" else None)
     image, expected = read_image(tmp_path / name), Image.open(tmp_path / name).convert("RGB")
     assert image.mode == "RGB" and np.array_equal(np.array(image), np.array(expected))
-    pixels, *_ = Images([(read_image(tmp_path / name), 0)], partial(train_transform, size=48))[0, 0]
+    pixels, _ = Images([(read_image(tmp_path / name), 0)], partial(train_transform, size=48))[0, 0]
     assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8
 
 
@@ -430,16 +429,6 @@ def test_an_unreadable_image_is_named(content, tmp_path):
     with pytest.raises(ValueError, match="a.jpg cannot be read as an image .*: replace or remove it") as error:
         read_image(tmp_path / "a.jpg")
     assert "\n" not in str(error.value)
-
-
-def test_the_next_image_stands_in_for_an_unreadable_one(photos, tmp_path):
-    shutil.copytree(photos / "val", tmp_path / "val")
-    (tmp_path / "val" / "cat" / "03.png").write_bytes(b"")
-    images = Images(open_data(str(tmp_path), "val", 16), partial(eval_transform, size=16))
-    errors = [error for *_, error in (images[0, i] for i in range(11))]
-    assert [bool(error) for error in errors] == [False, True, *[False] * 9]
-    assert errors[1].startswith(f"{tmp_path}/val/cat/03.png cannot be read as an image")
-    assert torch.equal(images[0, 1][0], images[0, 2][0]) and images[0, 1][1] == images[0, 2][1]
 
 
 def test_labels_stay_in_place_when_a_split_lacks_a_class(photos, tmp_path):
@@ -469,7 +458,7 @@ def spoil(root, how):
 
 
 @pytest.mark.parametrize("how, said", [
-    ("missing", "val is missing: put images into"),
+    ("missing", "val has no class folders: put images into"),
     ("empty", "val has no class folders: put images into"),
     ("flat", "val has no class folders: put images into"),
     ("empty class", "has class folders without images .*dog.*: fill or remove them"),
@@ -501,14 +490,6 @@ def test_hidden_files_and_folders_are_no_images(photos, tmp_path):
     assert len(source) == 11 and source.classes == ["cat", "dog", "owl"]
 
 
-@pytest.mark.parametrize("target", ["..", ".", "../dog"])
-def test_a_link_that_leads_back_into_the_data_is_refused(target, photos, tmp_path):
-    shutil.copytree(photos / "val", tmp_path / "val")
-    (tmp_path / "val" / "cat" / "link").symlink_to(target)
-    with pytest.raises(ValueError, match="links to a folder that is already among the data, .*: remove the link"):
-        open_data(str(tmp_path), "val", 32)
-
-
 def test_a_link_to_images_elsewhere_is_followed(photos, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "val" / name).parent.mkdir(exist_ok=True)
@@ -516,19 +497,10 @@ def test_a_link_to_images_elsewhere_is_followed(photos, tmp_path):
     assert len(open_data(str(tmp_path), "val", 32)) == 8
 
 
-def test_a_pipe_among_the_images_is_named_and_not_waited_for(photos, tmp_path):
-    shutil.copytree(photos / "val", tmp_path / "val")
-    os.mkfifo(tmp_path / "val" / "cat" / "00a.png")
-    source = open_data(str(tmp_path), "val", 32)
-    with pytest.raises(ValueError, match="00a.png is not a regular file: remove it"):
-        source[1]
-
-
 def test_a_folder_of_images_is_arrays_without_an_object_for_each_file(photos):
     source = open_data(str(photos), "train", 32)
-    held = [value for value in vars(source).values() if not isinstance(value, np.ndarray)]
-    assert held == [photos / "train", source.classes]
-    assert all(array.dtype != object for array in (source.names, source.labels))
+    assert all(array.dtype != object and len(array) == 24 for array in (source.names, source.labels))
+    assert all(len(value) <= 3 for value in vars(source).values() if isinstance(value, list | dict))
 
 
 def test_an_unknown_data_set_names_the_known_ones():

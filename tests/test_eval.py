@@ -1,11 +1,8 @@
 """What is true of evaluation: one property a test."""
 import argparse
 import json
-import re
 import shutil
 import zipfile
-from http.client import IncompleteRead
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from conftest import ROOT, by_hand, in_ranks, refused
 from data import open_data
 from downstream import export
 from harness.checkpoint import build, open_checkpoint
-from harness.flags import report_errors
+from harness.processes import report_errors
 from model import VisionTransformer, config
 
 
@@ -42,7 +39,7 @@ def test_top_5_counts_the_five_largest_logits():
         def forward(self, images):
             return -torch.arange(10.).expand(len(images), 10)
     labels = torch.tensor([0, 0, 1, 4, 5, 9])
-    batches = [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), part, ["", "", ""]) for part in labels.split(3)]
+    batches = [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), part) for part in labels.split(3)]
     result = evaluation.evaluate(Ranked(), batches, torch.device("cpu"))
     assert result["test_acc1"] == pytest.approx(100 * 2 / 6) and result["test_acc5"] == pytest.approx(100 * 4 / 6)
     assert result["images"] == 6
@@ -56,7 +53,7 @@ def test_a_request_to_stop_ends_an_evaluation_before_its_next_batch(monkeypatch)
             return torch.zeros(len(images), 10)
     stop, seen = [], []
     monkeypatch.setattr(evaluation, "stop_requests", stop)
-    batches = 5 * [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ["", "", ""])]
+    batches = 5 * [(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))]
     assert evaluation.evaluate(Asked(), batches, torch.device("cpu")) is None and seen == [3]
 
 
@@ -203,32 +200,6 @@ def test_a_download_without_a_network_is_told_in_one_sentence(monkeypatch, tmp_p
     assert "illama-small-in1k-79.9.pth could not be downloaded to" in said and "connect to a network, or give" in said
 
 
-@pytest.mark.parametrize("damage", ["cut short", "a page of HTML", "a connection that breaks"])
-def test_a_download_that_is_not_the_file_is_not_kept(damage, published, photos, monkeypatch, tmp_path, capsys):
-    source = tmp_path / "illama-tiny-in1k-75.0.pth"
-    content = source.read_bytes()
-    with monkeypatch.context() as patch:
-        if damage == "a connection that breaks":
-            patch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(IncompleteRead(b"half")))
-        else:
-            source.write_bytes(content[:-1000] if damage == "cut short" else b"<html>not found</html>")
-        said = refused(evaluation, ["illama-tiny-in1k-75.0", "--data", photos], capsys)
-        assert "could not be downloaded to" in said and ("cut short or is another file" in said) != damage.startswith("a conn")
-        assert not list((tmp_path / "hub" / "checkpoints").iterdir())
-    source.write_bytes(content)
-    assert json.loads(printed(["illama-tiny-in1k-75.0", "--data", photos, "--json"], capsys))["images"] == 11
-
-
-def test_a_published_file_that_would_run_code_is_refused(tmp_path, capsys):
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "sprung",)
-    torch.save({"model": {}, "args": argparse.Namespace(trap=Trap())}, tmp_path / "trap.pth")
-    said = refused(evaluation, [tmp_path / "trap.pth"], capsys)
-    assert re.search(r"trap.pth cannot be read as a checkpoint .* \(it holds \S+, which could run code\): delete", said)
-    assert not (tmp_path / "sprung").exists()
-
-
 def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     said = refused(evaluation, ["illama-huge"], capsys)
     assert "no checkpoint at illama-huge: check the path, or give one of the names illama-tiny-in1k-75.0, illama" in said
@@ -267,18 +238,14 @@ def test_a_soft_mask_for_a_model_without_one_is_refused(finished, tmp_path, caps
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     torch.save(checkpoint | dict(alpha=None, config=checkpoint["config"] | dict(mask="causal")), tmp_path / "causal.pt")
     said = refused(evaluation, [tmp_path / "causal.pt", "--soft-mask", "0"], capsys)
-    assert "mask 'causal' has no alpha to set" in said
+    assert "--soft-mask needs a soft mask, but the mask of" in said and "is 'causal': drop it" in said
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     for changes, said in ((dict(depth=3), 'Missing key(s) in state_dict: "blocks.2.'),
                           (dict(swiglu=False), 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"'),
-                          (dict(num_classes=4), "other.pt: 3 classes are named, but the model knows 4: use another file"),
-                          (dict(width=10 ** 20), "other.pt: config: width is 100000000000000000000; it must be from 1 to 1,000,000,000"),
-                          (dict(patch_size=4), "other.pt: the weights do not fit the model: size mismatch for pos_embed"),
-                          (dict(colour=1), "other.pt: config has the unknown field 'colour': use another file"),
-                          (dict(depth=0), "other.pt: config: depth is 0; it must be from 1 to 1,000")):
+                          (dict(patch_size=4), "the weights do not fit the model: size mismatch for pos_embed")):
         torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")
         assert said in refused(evaluation, [tmp_path / "other.pt"], capsys)
     torch.save(dict(config=checkpoint["config"], model=checkpoint["model"]), tmp_path / "part.pt")
@@ -287,13 +254,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
     assert "weights.pt is neither a checkpoint that train.py wrote nor published iLLaMA weights" in refused(
         evaluation, [tmp_path / "weights.pt"], capsys)
-
-
-def test_missing_and_damaged_checkpoints_are_refused(finished, tmp_path, capsys):
-    assert "no checkpoint at nowhere.pt" in refused(evaluation, ["nowhere.pt"], capsys)
-    whole = (finished / "best.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    assert "half.pt cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "half.pt"], capsys)
 
 
 def test_an_error_in_the_code_is_not_reported_as_bad_input(capsys):

@@ -62,7 +62,7 @@ def test_safetensors_are_a_checkpoint_wherever_one_is_taken(photos, finished, tm
     torch.testing.assert_close(net.eval()(hashed_images(2, 16)), logits_of(finished, hashed_images(2, 16)))
     (tmp_path / "b.safetensors").write_bytes(b"no weights")
     capsys.readouterr()
-    assert "b.safetensors cannot be read as safetensors" in refused(evaluation, [tmp_path / "b.safetensors"], capsys)
+    assert "b.safetensors cannot be read as a checkpoint" in refused(evaluation, [tmp_path / "b.safetensors"], capsys)
 
 
 def test_exporting_overwrites_nothing_and_names_its_kinds(finished, tmp_path, capsys):

@@ -201,9 +201,10 @@ def test_one_rank_joins_its_group_with_another_on_the_cpu_beside_it():
 
 
 def test_a_step_that_takes_too_much_memory_ends_the_run_in_a_sentence_and_keeps_what_was_saved(photos, monkeypatch, tmp_path, capsys):
-    run(photos, tmp_path)
-    (tmp_path / "prev.pt").replace(tmp_path / "last.pt")                     # before the last evaluation
-    saved = load(tmp_path / "last.pt")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(train, "evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        run(photos, tmp_path)
+    saved = load(tmp_path / "last.pt")                                       # before the first evaluation
 
     def forward(model, images):
         if DEVICE == "cuda":

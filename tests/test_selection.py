@@ -10,7 +10,7 @@ import train
 from conftest import SMALL, load, refused
 from downstream import selection
 from downstream.selection import LLAMA, channels, places, read_llama, select_weights
-from harness.checkpoint import CHECKPOINT, build, open_checkpoint, resize_positions, validate
+from harness.checkpoint import CHECKPOINT, build, open_checkpoint, resize_positions
 from model import VisionTransformer, config, rope_table, rotate
 from replication import starts as comparison
 from test_model import hashed, hashed_weights
@@ -175,7 +175,7 @@ def make_small(tmp_path, *flags, source="larger.pt"):
 
 def test_the_program_writes_a_checkpoint_of_the_smaller_model_that_evaluation_takes(larger, tmp_path, capsys):
     checkpoint = make_small(tmp_path, "--rule", "aligned", "--seed", 3)
-    validate(checkpoint, CHECKPOINT, "small.pt")
+    assert checkpoint.keys() == set(CHECKPOINT)
     assert checkpoint["config"] == asdict(config(**SMALLER)) and checkpoint["classes"] == list("01234")
     assert checkpoint["alpha"] == 0 and checkpoint["run"] == dict(size="nano", step="soft_mask", data="shapes", dtype="float32", seed=3)
     model = VisionTransformer(config(**SMALLER))
