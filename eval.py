@@ -83,7 +83,8 @@ def open_model(source, device, alpha=None):
     checkpoint = once_per_node(open_checkpoint, source)
     model = build(checkpoint).to(device).eval()
     if alpha is not None:
-        require(model.cfg.soft, f"--soft-mask needs a soft mask, but the mask of {source} is {model.cfg.mask!r}: drop it")
+        require(model.cfg.soft, f"--soft-mask needs a soft mask, but the mask of {source} is "
+                f"{model.cfg.mask!r}: drop it")
         model.set_soft_mask(alpha)
         checkpoint["alpha"] = alpha
     return model, checkpoint
@@ -96,9 +97,10 @@ def open_val(source, checkpoint, model, data=None):
     val = once_per_node(open_data, data, "val", model.cfg.img_size, checkpoint["classes"])
     require(len(val.classes) == model.cfg.num_classes, f"--data {data} has {len(val.classes)} classes, but the model "
             f"knows {model.cfg.num_classes}: use the data that it was trained on")
-    if not checkpoint["classes"] and not all(re.fullmatch(r"n\d{8}", name) for name in val.classes):    # WordNet ids
-        print_rank0(f"warning: {source} does not name its classes; they are taken to be in this order: "
-                    f"{shorten(val.classes)}", sys.stderr)
+    wordnet_ids = all(re.fullmatch(r"n\d{8}", name) for name in val.classes)
+    if not checkpoint["classes"] and not wordnet_ids:
+        print_rank0(f"warning: {source} does not name its classes; they are taken to be in this "
+                    f"order: {shorten(val.classes)}", sys.stderr)
     return val
 
 

@@ -13,12 +13,9 @@ The words of this file:
     Config      the model, see model.py
     Machine     device, workers, where to save: what changes results only by rounding
     State       where a run stands between two iterations
-    checkpoint  all of these but Machine, and weights and optimizer, in one dict: last.pt; None in a new run
+    checkpoint  all of these but Machine, weights and optimizer in a dict: last.pt; None at first
     folder      the run's files: config.json, metrics.jsonl (a line per epoch), last.pt and best.pt
-    monitor     progress, losses that are not finite, signals: a run that is asked to stop saves itself and ends with 75
-
-Runs are deterministic, on GPUs with --deterministic. Workers and resuming do not change results. The number of ranks
-changes rounding and augmentation draws.
+    monitor     progress, losses that are not finite, and signals: then a run saves itself and ends
 """
 import math
 import random
@@ -30,14 +27,17 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from data import (DATASETS, Images, erase, eval_batches, eval_transform, loader, mix, normalize, open_data, seed_of,
                   train_batches, train_transform)
 from eval import evaluate
 from harness.checkpoint import build, load_weights
 from harness.files import class_folders
-from harness.flags import check_schedules, checked_config, overrides, parse_flags, pick, require, split_batch, with_saved
-from harness.processes import DEVICES, DTYPES, once_per_node, print_rank0, report_errors, setup, wrap
+from harness.flags import (check_schedules, checked_config, overrides, parse_flags, pick, require,
+                           split_batch, with_saved)
+from harness.processes import (DEVICES, DTYPES, once_per_node, print_rank0, report_errors, setup,
+                               wrap)
 from harness.run import Machine, Monitor, RunFolder, settings_of
 from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
@@ -63,7 +63,7 @@ class Recipe:
     augment: bool                # RandAugment after crop and flip
     soft_mask_schedule: str      # constant (alpha stays 1) or linear (1 to 0), then 0
     soft_mask_epochs: int        # for so many epochs; 0: alpha is 0 from the start
-    flip: bool = True            # half of the images mirrored; not where left and right matter, as in digits
+    flip: bool = True            # half of the images mirrored: not for digits and letters
 
 
 SMALL_DATA = Recipe(  # images of about 32 pixels, minutes on a CPU
@@ -119,7 +119,7 @@ class Run:
     size: str = "tiny"           # width, depth and heads, see model.py
     step: str = "soft_mask"      # step from ViT to iLLaMA, see model.py
     recipe: str = ""             # default: small-data; for 1,000 class folders that of --size, on lower steps basic
-    data: str = "shapes"         # shapes, shapes-cue, cifar10, cifar100, flowers102, or a folder with train/ and val/
+    data: str = "shapes"         # shapes, cifar10 ... (see data.py), or a folder with train/ and val/
     init_from: str = ""          # checkpoint or published weights to start from; another number of classes: new head
     freeze: bool = False         # linear probing: train only head and last norm of the weights to start from
     seed: int = 0                # random seed of weights, order and augmentation
@@ -151,6 +151,14 @@ def soft_mask_at(iteration, recipe, iterations_per_epoch):
     if iteration >= end:
         return 0.0
     return 1.0 if recipe.soft_mask_schedule == "constant" else 1 - iteration / max(1, end - 1)
+
+
+def images_of(run, recipe, train, val):
+    """Two splits as the model takes them: to train, augmented, and to evaluate."""
+    augmented = partial(train_transform, size=recipe.img_size, augment=recipe.augment,
+                        flip=recipe.flip)
+    plain = partial(eval_transform, size=recipe.img_size)
+    return Images(train, augmented, run.seed, replace=True), Images(val, plain)
 
 
 def make_optimizer(model, recipe):
@@ -261,28 +269,27 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
     # Flags, and the run to resume
     given = parse(argv)
     folder = RunFolder(given)
-    checkpoint = folder.checkpoint
-    run, recipe, cfg = resolve(given, checkpoint)
-    machine, state = Machine(**pick(Machine, given)), State(**pick(State, checkpoint or {}))
+    run, recipe, cfg = resolve(given, folder.checkpoint)
+    machine, state = Machine(**pick(Machine, given)), State(**pick(State, folder.checkpoint or {}))
     rank, world, device, dtype = setup(machine.device, run.dtype)
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
 
     # Data
-    micro_batch, accumulate = split_batch(recipe, world, "micro_batch" in given, recipe.mixup or recipe.cutmix)
+    micro_batch, accumulate = split_batch(recipe, world, strict="micro_batch" in given)
     train = once_per_node(open_data, run.data, "train", recipe.img_size)
     val = once_per_node(open_data, run.data, "val", recipe.img_size, train.classes)
     cfg = replace(cfg, num_classes=len(train.classes))
     folder.check(settings_of(run, recipe, cfg, train, val, world), state)
-    transform = partial(train_transform, size=recipe.img_size, augment=recipe.augment, flip=recipe.flip)
-    order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed, recipe.epochs,
-                          state.iteration)
-    train_loader = loader(Images(train, transform, run.seed, replace=True), order, machine.workers, device)
-    val_loader = loader(Images(val, partial(eval_transform, size=recipe.img_size)),
-                        eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
-    per_epoch = len(train) // recipe.batch_size                          # iterations
+    train_images, val_images = images_of(run, recipe, train, val)
+    order = train_batches(len(train), recipe.batch_size, accumulate, rank, world, run.seed,
+                          recipe.epochs, state.iteration)
+    train_loader = loader(train_images, order, machine.workers, device)
+    order = eval_batches(len(val), micro_batch, rank, world)
+    val_loader = loader(val_images, order, machine.workers, device)
+    per_epoch = len(train) // recipe.batch_size                  # iterations
 
     # Model and optimizer
-    model, notes = make_model(run, cfg, checkpoint, train.classes, architecture)
+    model, notes = make_model(run, cfg, folder.checkpoint, train.classes, architecture)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -292,10 +299,9 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
     net = wrap(model, model.blocks, machine, world)
     batches = monitor.watch(train_loader)
     folder.announce(RECIPES[run.recipe], machine, micro_batch, notes, recipe.epochs, per_epoch)
-    last_alpha = soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch) if cfg.soft else None
 
+    last_alpha = soft_mask_at(recipe.epochs * per_epoch - 1, recipe, per_epoch) if cfg.soft else None
     for epoch in range(state.epoch, recipe.epochs):
-        # Train for an epoch
         model.train()
         monitor.start(f"epoch {epoch}", state.iteration - epoch * per_epoch, per_epoch)
         while state.iteration < (epoch + 1) * per_epoch:
@@ -306,28 +312,26 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
                 state.alpha = soft_mask_at(state.iteration, recipe, per_epoch)
                 model.set_soft_mask(state.alpha)
             torch.manual_seed(seed_of("drop path", run.seed, state.iteration, rank))
-
             # Forward and backward, micro-batch by micro-batch
             loss_sum = torch.zeros((), device=device)
             for micro in range(accumulate):
                 images, labels = (x.to(device, non_blocking=True) for x in next(batches))
                 rng = random.Random(f"{run.seed} {state.iteration} {rank} {micro}")
                 images, labels = augment_batch(images, labels, recipe, cfg.num_classes, rng)
-                net.require_backward_grad_sync = micro == accumulate - 1         # as DDP.no_sync(): average once
+                net.require_backward_grad_sync = micro == accumulate - 1     # average once
                 with autocast:
-                    loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
+                    logits = net(images)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                 scaler.scale(loss / accumulate).backward()
                 loss_sum += loss.detach()
-
             # Update
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-            state.loss_sum += monitor.check(loss_sum, grad_norm, scaler)         # the one wait for the device
+            grad_norm = clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
+            state.loss_sum += monitor.check(loss_sum, grad_norm, scaler)     # waits for the device
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             state.iteration += 1
-
             monitor.update(lr, state.alpha)
             if monitor.stopping or machine.save_every and state.iteration % machine.save_every == 0:
                 folder.save()
@@ -336,15 +340,16 @@ def main(argv=None, open_data=open_data, architecture=VisionTransformer):
         monitor.end()
 
         # Evaluate
-        folder.save()                                                    # before the evaluation, which may fail
+        folder.save()                                    # before the evaluation, which may fail
         result = evaluate(model, val_loader, device, dtype)
-        if result is None:                                               # asked to stop
+        if result is None:                               # asked to stop
             folder.end_early()
         row = metrics_row(run, recipe, cfg, state, per_epoch, result, folder.n_parameters)
         row |= monitor.times()
         print_row(row)
         folder.log(row)
-        improved = state.alpha == last_alpha and row["test_acc1"] > state.best_acc1      # other masks do not compare
+        # The best so far, once alpha is that of the end: other masks do not compare
+        improved = state.alpha == last_alpha and row["test_acc1"] > state.best_acc1
         if improved:
             state.best_acc1 = row["test_acc1"]
         state.epoch, state.loss_sum = epoch + 1, 0.0

@@ -1,8 +1,8 @@
 """Weights and checkpoints in and out: files are read without running code that they might hold.
 
-    checkpoint = open_checkpoint("out/tiny-soft_mask-shapes-1")          # a run's folder, a file or a published name
-    model = build(checkpoint)                                            # with its weights and its soft mask
-    notes = load_weights(model, "illama-tiny-in1k-75.0")                 # into a model that was built otherwise
+    checkpoint = open_checkpoint("out/a")              # a run's folder, a file, a published name
+    model = build(checkpoint)                          # with its weights and its soft mask
+    notes = load_weights(model, "illama-tiny-in1k-75.0")     # into a model built otherwise
 
 A checkpoint is a dict of plain types and tensors; ["model"] is the state dict.
 """
@@ -24,54 +24,59 @@ from harness.flags import InputError, checked_config, needs, overrides, require
 from model import SIZES, Config, VisionTransformer, config
 
 PUBLISHED = (  # the authors' weights, by the names of their files
-    "illama-tiny-in1k-75.0", "illama-small-in1k-79.9", "illama-base-in1k-81.6", "illama-base-in1k-384-83.0",
+    "illama-tiny-in1k-75.0", "illama-small-in1k-79.9",
+    "illama-base-in1k-81.6", "illama-base-in1k-384-83.0",
     "illama-base-in21kin1k-224-83.6", "illama-base-in21kin1k-384-85.0",
     "illama-large-in21kin1k-224-84.8", "illama-large-in21kin1k-384-86.0")
 PUBLISHED_URL = "https://huggingface.co/techmonsterwang/iLLaMA/resolve/main"
 
-SCALAR = np.float64(0).__reduce__()[0]     # what rebuilds a pickled numpy scalar; its module has had two names
-SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), argparse.Namespace]
+SCALAR = np.float64(0).__reduce__()[0]     # rebuilds a pickled numpy scalar; it has had two names
+SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), np.dtype,
+        argparse.Namespace]                # what published files hold beside plain types
 
-CHECKPOINT = ("model", "config", "classes", "alpha", "run")    # what evaluation needs of one that train.py wrote
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+CHECKPOINT = ("model", "config", "classes", "alpha", "run")    # what evaluation needs
 
 
 def fetch(name):
-    """The file of published weights, downloaded once into torch.hub's folder. InputError if that fails."""
+    """The file of published weights, downloaded once into torch.hub's folder. InputError if that
+    fails."""
     file = Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth")
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(file), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(f"{PUBLISHED_URL}/{name}.pth", str(file),
+                                           progress=sys.stderr.isatty())
         except OSError as error:
-            raise InputError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} ({error}): connect to a "
-                             "network, or give the path of the file") from error
+            raise InputError(f"{PUBLISHED_URL}/{name}.pth could not be downloaded to {file} "
+                             f"({error}): connect to a network, or give the path of the "
+                             "file") from error
     return file
 
 
 def read_checkpoint(source):
-    """The dict in a file, by its path, its run's folder (best.pt) or published name. InputError if there is none."""
+    """The dict in a file, by its path, its run's folder (best.pt) or published name. InputError if
+    there is none."""
     path = fetch(source) if str(source) in PUBLISHED else Path(source)
     if path.is_dir():
         path, last = path / "best.pt", path / "last.pt"
-        require(path.exists() or not last.exists(), f"{path} is written with the first accuracy under the soft "
-                f"mask's final alpha: wait for that, or give {last}")
-    require(path.is_file(), f"no checkpoint at {path}: check the path, or give one of the names {', '.join(PUBLISHED)}")
+        require(path.exists() or not last.exists(), f"{path} is written with the first accuracy "
+                f"under the soft mask's final alpha: wait for that, or give {last}")
+    require(path.is_file(), f"no checkpoint at {path}: check the path, or give one of the names "
+            f"{', '.join(PUBLISHED)}")
     return read_file(path)
 
 
 def read_file(path):
-    """The dict in a file. Only weights and plain types are read: a pickle that would run code is refused, and so is a
-    damaged file. Published files also hold an argparse.Namespace, and numpy scalars in the optimizer's groups."""
+    """The dict in a file. Only weights and plain types are read: a pickle that would run code is
+    refused, and so is a damaged file. Published files also hold an argparse.Namespace, and numpy
+    scalars in the optimizer's groups."""
     try:
         if path.suffix == ".safetensors":
             weights, metadata = read_safetensors(path)
-            return json.loads(metadata.get("checkpoint", "{}")) | dict(model=weights)    # of downstream/export.py
-        if zipfile.is_zipfile(path):                                       # torch.load does not look at the checksums
+            about = json.loads(metadata.get("checkpoint", "{}"))         # of downstream/export.py
+            return about | dict(model=weights)
+        if zipfile.is_zipfile(path):                     # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()
             if damaged:
@@ -81,10 +86,12 @@ def read_file(path):
     except InputError:
         raise
     except Exception as error:  # torch.load raises half a dozen types for a damaged or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(error))                      # torch's own text advises to trust the file
-        reason = f"it holds {code[1]}, which could run code" if code else (str(error).splitlines() or ["it is empty"])[0]
-        raise InputError(f"{path} cannot be read as a checkpoint of weights and plain types ({reason}): delete or "
-                         "replace it") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))    # torch's own text: trust the file
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        if code:
+            reason = f"it holds {code[1]}, which could run code"
+        raise InputError(f"{path} cannot be read as a checkpoint of weights and plain types "
+                         f"({reason}): delete or replace it") from error
     require(isinstance(checkpoint, dict), f"{path} holds no dict of weights: use another file")
     return checkpoint
 
@@ -99,24 +106,22 @@ def read_safetensors(path):
 
 def require_keys(checkpoint, keys, source):
     missing = [key for key in keys if key not in checkpoint]
-    require(not missing, f"{source} lacks {', '.join(missing)}: use a checkpoint that train.py wrote (--resume takes a "
-            "run's last.pt)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
+    require(not missing, f"{source} lacks {', '.join(missing)}: use a checkpoint that train.py "
+            "wrote (--resume takes a run's last.pt)")
 
 
 def weights_of(checkpoint):
-    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. InputError if there is none."""
+    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. InputError if
+    there is none."""
     state = checkpoint.get("model", checkpoint)
-    require(isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
+    require(all(isinstance(value, torch.Tensor) for value in state.values()),
             "what should be weights is not a dict of tensors by their names: use another file")
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 
 def open_checkpoint(source):
-    """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have saved them."""
+    """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have
+    saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
         require_keys(checkpoint, CHECKPOINT, source)
@@ -124,12 +129,15 @@ def open_checkpoint(source):
     state = weights_of(checkpoint)
     try:  # size, patches and resolution follow from the shapes
         shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
-        size = next(name for name, sizes in SIZES.items() if (sizes["width"], sizes["depth"]) == shape)
-        patch_size, grid = state["patch_embed.proj.weight"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
-        cfg = config(size, img_size=patch_size * grid, patch_size=patch_size, num_classes=len(state["head.weight"]))
+        size = next(name for name, sizes in SIZES.items()
+                    if (sizes["width"], sizes["depth"]) == shape)
+        patch_size = state["patch_embed.proj.weight"].shape[-1]
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+        cfg = config(size, img_size=patch_size * grid, patch_size=patch_size,
+                     num_classes=len(state["head.weight"]))
     except (KeyError, StopIteration) as error:
-        raise InputError(f"{source} is neither a checkpoint that train.py wrote nor published iLLaMA weights: use "
-                         "another file") from error
+        raise InputError(f"{source} is neither a checkpoint that train.py wrote nor published "
+                         "iLLaMA weights: use another file") from error
     return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0,
                 run=dict(size=size, step="soft_mask", data="", dtype="float32", seed=0))
 
@@ -146,8 +154,9 @@ def build(checkpoint, architecture=VisionTransformer):
 def describe(cfg, checkpoint, dtype):
     """What a row of results says of a checkpoint's model beside its accuracy."""
     run = checkpoint["run"]
-    return dict(mask=cfg.mask, alpha=checkpoint["alpha"], img_size=cfg.img_size, step=run["step"], seed=run["seed"],
-                dtype=str(dtype).removeprefix("torch."), overrides=overrides(cfg, run["size"], run["step"]))
+    return dict(mask=cfg.mask, alpha=checkpoint["alpha"], img_size=cfg.img_size, step=run["step"],
+                seed=run["seed"], dtype=str(dtype).removeprefix("torch."),
+                overrides=overrides(cfg, run["size"], run["step"]))
 
 
 def load_strictly(module, state):
@@ -156,15 +165,17 @@ def load_strictly(module, state):
         module.load_state_dict(state)
     except RuntimeError as error:
         wrong = textwrap.shorten(str(error).partition(":")[2], 600)
-        raise InputError(f"the weights do not fit the model: {wrong} Use the model that they are of") from error
+        raise InputError(f"the weights do not fit the model: {wrong} Use the model that they are "
+                         "of") from error
 
 
 def load_weights(model, source, new_head=False, classes=None):
-    """Load a checkpoint's path, a published name or a state dict. Returns sentences about what had to be adapted.
+    """Load a checkpoint's path, a published name or a state dict. Returns sentences about what had
+    to be adapted.
 
-    Learned positions are resized to the model's grid. Everything else must fit exactly, but for the head where
-    `new_head` is set: if it is of other classes, by their number or by the names in `classes`, it keeps the model's
-    fresh weights. InputError lists what is wrong.
+    Learned positions are resized to the model's grid. Everything else must fit exactly, but for the
+    head where `new_head` is set: if it is of other classes, by their number or by the names in
+    `classes`, it keeps the model's fresh weights. InputError lists what is wrong.
     """
     source = source if isinstance(source, dict) else read_checkpoint(source)
     state, own, notes = weights_of(source), model.state_dict(), []
@@ -191,17 +202,20 @@ def load_weights(model, source, new_head=False, classes=None):
         old, new = len(state["head.weight"]), model.cfg.num_classes
         others = classes is not None and source.get("classes") not in (None, list(classes))
         if others or old != new:
-            notes.append(f"new head: {old} classes before, {new} {'others ' if old == new else ''}now")
+            notes.append(f"new head: {old} classes before, {new} "
+                         f"{'others ' if old == new else ''}now")
             state |= head
     load_strictly(model, state)
     return notes
 
 
 def resize_positions(pos, tokens, cls_last):
-    """Bicubic resize of the patches' positions, (1, P + 1, D) -> (1, tokens, D); the class token's is kept as it is."""
+    """Bicubic resize of the patches' positions, (1, P + 1, D) -> (1, tokens, D); the class token's
+    is kept as it is."""
     old, new = math.isqrt(pos.shape[1] - 1), math.isqrt(tokens - 1)
     require(old ** 2 + 1 == pos.shape[1],
-            f"pos_embed has {pos.shape[1]} rows, which is no square grid of patches and a class token")
+            f"pos_embed has {pos.shape[1]} rows, which is no square grid of patches and a class "
+            "token")
     grid, cls = (pos[:, :-1], pos[:, -1:]) if cls_last else (pos[:, 1:], pos[:, :1])
     grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)         # 1, D, old, old
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -210,10 +224,12 @@ def resize_positions(pos, tokens, cls_last):
 
 
 def load_optimizer(optimizer, state, source):
-    """What any optimizer keeps of each parameter, {index: {name: value}}, into one that has not taken a step.
+    """What any optimizer keeps of each parameter, {index: {name: value}}, into one that has not
+    taken a step.
 
-    InputError unless names and shapes are those that the optimizer itself would keep: the fused AdamW does not check,
-    and would write beyond a tensor's end. A step of learning rate 0 on gradients of 0 shows them, and moves nothing.
+    InputError unless names and shapes are those that the optimizer itself would keep: the fused
+    AdamW does not check, and would write beyond a tensor's end. A step of learning rate 0 on
+    gradients of 0 shows them, and moves nothing.
     """
     groups = optimizer.state_dict()["param_groups"]                  # they follow from the recipe
     for group in optimizer.param_groups:
@@ -222,8 +238,9 @@ def load_optimizer(optimizer, state, source):
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    require(shapes_of(state) == shapes_of(optimizer.state_dict()["state"]), f"{source}: what the optimizer has saved is "
-            "of another optimizer or model: use the code and the flags that the run was started with")
+    require(shapes_of(state) == shapes_of(optimizer.state_dict()["state"]), f"{source}: what the "
+            "optimizer has saved is of another optimizer or model: use the code and the flags "
+            "that the run was started with")
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 

@@ -1,4 +1,5 @@
-"""Image files and folders of classes: what they hold is an image in RGB, or an InputError that names the file."""
+"""Image files and folders of classes: what they hold is an image in RGB, or an InputError that
+names the file."""
 import os
 import sys
 import warnings
@@ -13,54 +14,62 @@ from torchvision.models import ResNet50_Weights
 from harness.flags import InputError, plural, require, shorten
 from harness.processes import print_rank0
 
-IMAGENET = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]             # what its 1,000 classes are, in their order
+IMAGENET = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]     # its 1,000 classes, in their order
 
 
 def read_image(path, upright=False, convert=True):
-    """An image file as a PIL image in RGB, without transparency, or as it is stored if not to `convert`; turned
-    `upright` as its EXIF data say, or as it is stored, which is how data sets are read. InputError if it is none."""
+    """An image file as a PIL image in RGB, without transparency, or as it is stored if not to
+    `convert`; turned `upright` as its EXIF data say, or as it is stored, which is how data sets are
+    read. InputError if it is none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # of every worker and epoch, where the pixels are right
+            warnings.simplefilter("ignore")              # of EXIF data, by every worker and epoch
             image = Image.open(path)
             if upright:
                 image = ImageOps.exif_transpose(image)
             if convert and image.mode.startswith(("I", "F")):
                 image = eight_bits(image)
             return image.convert("RGB") if convert else image.copy()
-    except Exception as error:                             # decoders raise half a dozen types for a damaged file
-        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+    except Exception as error:                           # decoders raise half a dozen types
+        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove "
+                         "it") from error
 
 
 def eight_bits(image):
     """An image of 16 bits, scaled: convert() would clip its values. ValueError for other ranges."""
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2 ** 16:
-        raise ValueError(f"pixels of {pixels.dtype}, {pixels.min():g} to {pixels.max():g}, are neither 8 nor 16 bits")
+        raise ValueError(f"pixels of {pixels.dtype}, {pixels.min():g} to {pixels.max():g}, are "
+                         "neither 8 nor 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def class_folders(folder):
     """The names of a folder's folders, sorted; hidden ones do not count."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in folder.glob("[!.]*") if entry.is_dir())
 
 
 class ImageFolder(datasets.ImageFolder):
-    """torchvision's, with labels by a list of classes, which may be more than the folders, and without hidden files.
+    """torchvision's, with labels by a list of classes, which may be more than the folders, and
+    without hidden files.
 
-    Names and labels are arrays: a list's objects would be copied to every worker, for their reference counts change.
+    Names and labels are arrays: a list's objects would be copied to every worker, for their
+    reference counts change.
     """
 
     def __init__(self, folder, classes):
         self.known, self.others = list(classes), []
         super().__init__(folder, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
-        self.names, self.labels = np.array([os.fsencode(path) for path, _ in self.samples]), np.array(self.targets)
+        self.names = np.array([os.fsencode(path) for path, _ in self.samples])
+        self.labels = np.array(self.targets)
         del self.samples, self.imgs, self.targets
         empty = set(class_folders(folder)) - {self.classes[label] for label in set(self.labels)}
-        require(not empty, f"{folder} has class folders without images ({shorten(sorted(empty))}): fill or remove them")
+        require(not empty, f"{folder} has class folders without images ({shorten(sorted(empty))}): "
+                "fill or remove them")
         if self.others:
             print_rank0(f"warning: {plural(len(self.others), 'file')} in {folder} are left out "
-                        f"({shorten(self.others)}): images end in {', '.join(IMG_EXTENSIONS)}", sys.stderr)
+                        f"({shorten(self.others)}): images end in "
+                        f"{', '.join(IMG_EXTENSIONS)}", sys.stderr)
 
     def find_classes(self, folder):
         return self.known, {name: label for label, name in enumerate(self.known)}
@@ -85,16 +94,20 @@ class ImageFolder(datasets.ImageFolder):
 
 
 def open_folder(root, split, classes=None, known=()):
-    """ROOT/SPLIT/CLASS/IMAGE as an ImageFolder, with labels by `classes`, or by the names found. InputError if there is
-    nothing to open, or a class that is not among them; `known` are the data sets that --data could name instead."""
+    """ROOT/SPLIT/CLASS/IMAGE as an ImageFolder, with labels by `classes`, or by the names found.
+    InputError if there is nothing to open, or a class that is not among them; `known` are the data
+    sets that --data could name instead."""
     folder = root / split
-    require(root.is_dir(), f"--data {root} is neither one of {', '.join(known)} nor a folder: check the path")
+    require(root.is_dir(), f"--data {root} is neither one of {', '.join(known)} nor a folder: "
+            "check the path")
     found = class_folders(folder) if folder.is_dir() else []
-    require(found, f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for each class; ImageNet's "
-            "validation images are sorted by torchvision.datasets.ImageNet(PATH, 'val'), from their archive and the "
-            "development kit")
+    require(found, f"{folder} has no class folders: put images into {folder}/CLASS/, a folder for "
+            "each class; ImageNet's validation images are sorted by "
+            "torchvision.datasets.ImageNet(PATH, 'val'), from their archive and the development "
+            "kit")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
-    require(not unknown, f"{folder} has the class folders {shorten(unknown)}, which are not among the {len(classes)} "
-            f"classes that are known ({shorten(classes)}): use the data that the model was trained on")
+    require(not unknown, f"{folder} has the class folders {shorten(unknown)}, which are not among "
+            f"the {len(classes)} classes that are known ({shorten(classes)}): use the data that "
+            "the model was trained on")
     return ImageFolder(folder, classes)

@@ -1,7 +1,7 @@
 """The command line, made from dataclasses, and bad input as one sentence.
 
-    given = parse_flags(argv, "Train a model.", {"": [Run, Machine], "how to train": [Recipe]}, dict(size=SIZES))
-    run = Run(**pick(Run, given))                        # `given` has only the flags that were given
+    given = parse_flags(argv, "Train.", {"": [Run], "how to train": [Recipe]}, dict(size=SIZES))
+    run = Run(**pick(Run, given))                  # `given` has only the flags that were given
     require(run.seed >= 0, "--seed is negative: give another one")
 """
 import argparse
@@ -15,7 +15,8 @@ from model import Config, config
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that names the file or flag, what is wrong and the remedy. report_errors() prints it.
+    """Bad input: one sentence that names the file or flag, what is wrong and the remedy.
+    report_errors() prints it.
 
     Any other ValueError is a bug, and keeps its traceback.
     """
@@ -33,10 +34,6 @@ def needs(what, packages):
         yield
     except ImportError as error:
         raise InputError(f"{what} needs {packages}: pip install {packages}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Words for messages
 
 
 def shorten(names):
@@ -64,7 +61,8 @@ def flags_of(changes):
 
 
 def overrides(cfg, size, step):
-    """{name: value} of the fields of a Config that differ from those of a size at a step: what flags changed on top.
+    """{name: value} of the fields of a Config that differ from those of a size at a step: what
+    flags changed on top.
 
     What data and recipe determine (resolution, patches, classes, drop path) does not count.
     """
@@ -76,12 +74,9 @@ def overrides(cfg, size, step):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse, with wrong flags as InputErrors, and the first line of a docstring as the description."""
+    """argparse, with wrong flags as InputErrors, and the first line of a docstring as the
+    description."""
 
     def __init__(self, description="", **about):
         super().__init__(description=description.partition("\n")[0], allow_abbrev=False, **about)
@@ -91,7 +86,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def nonempty(value):
-    """The type of a flag that takes text: an empty one, as of an unset variable, would mean the default."""
+    """The type of a flag that takes text: an empty one, as of an unset variable, would mean the
+    default."""
     if not value:
         raise argparse.ArgumentTypeError("it is empty: give a value, or drop the flag")
     return value
@@ -99,9 +95,9 @@ def nonempty(value):
 
 MANY = 10 ** 9
 BOUNDS = {  # of numbers by name; others are from 0 to MANY
-    **dict.fromkeys("""img_size patch_size num_classes width depth heads epochs batch_size micro_batch iterations
-                    eval_every short_side seeds jobs repeats larger_epochs pretrain_epochs img_sizes batch_sizes
-                    """.split(), (1, MANY)),
+    **dict.fromkeys("""img_size patch_size width depth heads epochs batch_size micro_batch
+                    iterations eval_every short_side seeds jobs repeats larger_epochs
+                    pretrain_epochs img_sizes batch_sizes""".split(), (1, MANY)),
     **dict.fromkeys("label_smoothing erasing soft_mask layer_decay".split(), (0, 1)),
     "drop_path": (0, 0.99),
     "seed": (-math.inf, math.inf),
@@ -109,7 +105,8 @@ BOUNDS = {  # of numbers by name; others are from 0 to MANY
 
 
 def check_bounds(values):
-    """InputError if a number in {name: value}, or in a list there, is out of bounds, as nan always is."""
+    """InputError if a number in {name: value}, or in a list there, is out of bounds, as nan always
+    is."""
     for name, value in values.items():
         low, high = BOUNDS.get(name, (0, MANY))
         for number in value if isinstance(value, list) else [value]:
@@ -127,7 +124,8 @@ def checked_config(make, **values):
 
 
 def add_flags(parser, cls, skip=(), choices=()):
-    """A flag for each field, its comment in the source as the help. Only flags that were given appear in the result."""
+    """A flag for each field, its comment in the source as the help. Only flags that were given
+    appear in the result."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
         if field.name in skip:
@@ -138,7 +136,7 @@ def add_flags(parser, cls, skip=(), choices=()):
         if field.name in choices:
             options["choices"] = list(choices[field.name])
         text = comments.get(field.name, "")
-        text = re.sub(r" \[\d\]", "", text).replace("%", "%%")              # [5] is a reference of model.py
+        text = re.sub(r" \[\d\]", "", text).replace("%", "%%")     # [5] is a reference of model.py
         if cls is not Config and field.default not in ("", MISSING):
             text += f" (default: {field.default})"
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **options)
@@ -147,8 +145,8 @@ def add_flags(parser, cls, skip=(), choices=()):
 def parse_flags(argv, description, groups, choices, out="out", **about):
     """{name: value} of the flags that were given; --resume is None where it came without a path.
 
-    `groups` are {title: dataclasses}. A field that occurs twice becomes one flag, and num_classes none, which the data
-    determine. InputError for what is wrong.
+    `groups` are {title: dataclasses}. A field that occurs twice becomes one flag, and num_classes
+    none, which the data determine. InputError for what is wrong.
     """
     parser, seen = Parser(description, **about), {"num_classes"}
     for title, classes in groups.items():
@@ -156,8 +154,10 @@ def parse_flags(argv, description, groups, choices, out="out", **about):
         for cls in classes:
             add_flags(group, cls, seen, choices)
             seen |= {field.name for field in fields(cls)}
-    parser.add_argument("--resume", nargs="?", type=nonempty, default=argparse.SUPPRESS, metavar="PATH",
-                        help=f"resume the run in a folder; without PATH: in --out, or the latest run in {out}/")
+    parser.add_argument("--resume", nargs="?", type=nonempty, default=argparse.SUPPRESS,
+                        metavar="PATH",
+                        help="resume the run in a folder; without PATH: in --out, or the latest "
+                        f"run in {out}/")
     given = vars(parser.parse_args(argv))
     check_bounds(given)
     return given
@@ -168,46 +168,49 @@ def pick(cls, values):
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must fit together
-
-
 def with_saved(given, checkpoint):
-    """The flags that were given, on top of those of the run to resume. InputError if they would change it: --data may
-    have moved, --dtype may be another, and flags of the machine are not the run's."""
+    """The flags that were given, on top of those of the run to resume. InputError if they would
+    change it: --data may have moved, --dtype may be another, and flags of the machine are not the
+    run's."""
     if checkpoint is None:
         return given
     saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-    changed = [f"{flag(name, value)}, not {flag(name, saved[name])}" for name, value in given.items()
+    changed = [f"{flag(name, value)}, not "
+               f"{flag(name, saved[name])}" for name, value in given.items()
                if name in saved and name not in ("data", "dtype") and saved[name] != value]
-    require(not changed, f"--resume continues the run as it was started, but here is {' and '.join(changed)}: drop the "
-            "flag, or start a new run, --init-from its last.pt to train it for longer")
+    require(not changed, "--resume continues the run as it was started, but here is "
+            f"{' and '.join(changed)}: drop the flag, or start a new run, --init-from its last.pt "
+            "to train it for longer")
     return saved | given
 
 
 def check_schedules(given, recipe, cfg):
-    """InputError if the schedules of a new run do not fit together, or its model has no soft mask to schedule."""
-    require(recipe.min_lr <= recipe.lr, f"--min-lr {recipe.min_lr} is above --lr {recipe.lr}: lower --min-lr, too")
+    """InputError if the schedules of a new run do not fit together, or its model has no soft mask
+    to schedule."""
     for name in ("soft_mask_schedule", "soft_mask_epochs"):
-        require(cfg.soft or name not in given, f"{flag(name)} needs a soft mask, but the mask of this model is "
-                f"{cfg.mask!r}: drop the flag, or add --mask soft")
+        require(cfg.soft or name not in given, f"{flag(name)} needs a soft mask, but the mask of "
+                f"this model is {cfg.mask!r}: drop the flag, or add --mask soft")
     for name in ("warmup_epochs", "soft_mask_epochs") if cfg.soft else ("warmup_epochs",):
         end = getattr(recipe, name)
-        require(end <= recipe.epochs, f"--epochs {recipe.epochs} would end before {flag(name, end)}: lower that, too")
+        require(end <= recipe.epochs, f"--epochs {recipe.epochs} would end before "
+                f"{flag(name, end)}: lower that, too")
 
 
-def split_batch(recipe, world, strict, mixes=False):
-    """(micro-batch size, micro-batches per iteration) of each rank. Unless `strict`, a recipe's micro-batch is the most
-    that it may be. InputError if they do not divide the batch, or images that are paired (`mixes`) are an odd number.
+def split_batch(recipe, world, strict):
+    """(micro-batch size, micro-batches per iteration) of each rank. Unless `strict`, a recipe's
+    micro-batch is the most that it may be. InputError if they do not divide the batch, or are odd
+    where mixup and cutmix pair images.
     """
+    mixes = getattr(recipe, "mixup", 0) or getattr(recipe, "cutmix", 0)
     part, left = divmod(recipe.batch_size, world)
     micro = recipe.micro_batch
     if not strict:
-        fits = [size for size in range(min(micro, part), 0, -1) if part % size == 0 and not (mixes and size % 2)]
+        fits = [size for size in range(min(micro, part), 0, -1)
+                if part % size == 0 and not (mixes and size % 2)]
         micro = fits[0] if fits else 1
     near = max(1, round(recipe.batch_size / world / micro)) * world * micro
-    require(left == 0 and part % micro == 0, f"--batch-size {recipe.batch_size} is not a multiple of "
-            f"{plural(world, 'rank')} x --micro-batch {micro}; {near} is")
-    require(not (mixes and micro % 2), f"--micro-batch {micro} is odd, but mixup and cutmix pair the images of a "
-            "micro-batch: make it even, or set both to 0")
+    require(left == 0 and part % micro == 0, f"--batch-size {recipe.batch_size} is not a multiple "
+            f"of {plural(world, 'rank')} x --micro-batch {micro}; {near} is")
+    require(not (mixes and micro % 2), f"--micro-batch {micro} is odd, but mixup and cutmix pair "
+            "the images of a micro-batch: make it even, or set both to 0")
     return micro, part // micro

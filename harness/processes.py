@@ -1,9 +1,10 @@
-"""Ranks and devices, requests to stop, errors in one line, printing on rank 0, and data-loading workers.
+"""Ranks and devices, requests to stop, errors in one line, printing on rank 0, and data-loading
+workers.
 
-    rank, world, device, dtype = setup("auto", "auto")         # joins the other ranks that torchrun started
+    rank, world, device, dtype = setup("auto", "auto")       # joins the ranks that torchrun started
     data = once_per_node(download, "cifar10")
     folder = on_rank_0(make_folder)
-    stop_on_signals()                                          # then `stop_requests` fills
+    stop_on_signals()                                        # then `stop_requests` fills
 """
 import atexit
 import gc
@@ -13,32 +14,29 @@ import re
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from harness.flags import InputError, plural, require
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-PREEMPTED = 75           # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
-cpu_group = None         # all ranks, for waiting: NCCL would end those that wait ten minutes for a download or a scan
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks and devices
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
+PREEMPTED = 75           # exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h
+cpu_group = None         # all ranks, for waiting: NCCL would end those that wait for ten minutes
 
 
 def setup(device="auto", dtype="auto"):
-    """Join the other processes if torchrun started some. Returns (rank, world, torch.device, torch.dtype).
+    """Join the other processes if torchrun started some. Returns (rank, world, torch.device,
+    torch.dtype).
 
     `auto` takes a GPU where there is one, and fast_dtype() of it. float32 is never TF32.
     """
@@ -48,11 +46,12 @@ def setup(device="auto", dtype="auto"):
         device = "cuda" if gpus else "mps" if mps and world == 1 else "cpu"
     if dtype == "auto":
         dtype = fast_dtype(device)
-    require(device != "cuda" or local_world() <= gpus, f"--device cuda: this machine has {gpus} GPUs for "
-            f"{local_world()} processes; start fewer, or use --device cpu")
-    require(device != "mps" or mps and world == 1, "--device mps: it takes a Mac, and one process; use --device cpu")
-    require(dtype != "float16" or device == "cuda", f"--dtype float16 needs a CUDA GPU, this is {device}; use bfloat16 "
-            "or float32")
+    require(device != "cuda" or local_world() <= gpus, f"--device cuda: this machine has {gpus} "
+            f"GPUs for {local_world()} processes; start fewer, or use --device cpu")
+    require(device != "mps" or mps and world == 1, "--device mps: it takes a Mac, and one process; "
+            "use --device cpu")
+    require(dtype != "float16" or device == "cuda", "--dtype float16 needs a CUDA GPU, this is "
+            f"{device}; use bfloat16 or float32")
     use_tf32(False)
     if device == "cuda":
         device = f"cuda:{local_rank}"
@@ -64,19 +63,16 @@ def setup(device="auto", dtype="auto"):
 
 
 def environment():
-    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError for a part of them,
-    and for one of several tasks that another launcher started: they would train as many runs."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not any(name in os.environ for name in names[:3]):
-        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):        # srun, mpirun, mpiexec
-            count = os.environ.get(name, "1")
-            require(count == "1", f"this is one of {count} tasks ({name}) that do not know of each other: start one "
-                    "per machine, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
-        return 0, 1, 0
-    missing = [name for name in names if name not in os.environ]
-    require(not missing, f"torchrun's {', '.join(missing)} are not set, though others are: start with torchrun, which "
-            "sets them all")
-    return tuple(int(os.environ[name]) for name in names[:3])
+    """(rank, world size, rank on this node) as torchrun sets them; 0, 1, 0 without it. InputError
+    for one of several tasks that another launcher started: they would train as many runs."""
+    if "RANK" in os.environ:
+        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):    # srun, mpiexec
+        count = os.environ.get(name, "1")
+        require(count == "1", f"this is one of {count} tasks ({name}) that do not know of each "
+                "other: start one per machine, srun --ntasks-per-node=1 torchrun "
+                "--nproc_per_node=GPUS ...")
+    return 0, 1, 0
 
 
 def join(rank, world, device):
@@ -98,38 +94,44 @@ def shut_down():
 
 
 def fast_dtype(device):
-    """The type to compute in where speed matters: float32 but on GPUs, whose older ones emulate bfloat16 slowly."""
+    """The type to compute in where speed matters: float32 but on GPUs, whose older ones emulate
+    bfloat16 slowly."""
     if device != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def use_tf32(on):
-    """Whether float32 is TF32 on GPUs, in matrix multiplications and in convolutions, where that is torch's default."""
+    """Whether float32 is TF32 on GPUs, in matrix multiplications and in convolutions, where that is
+    torch's default."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def processor(device):
-    """The name of a GPU, or the kind of device and on a CPU its threads: what a speed depends on."""
+    """The name of a GPU, or the kind of device and on a CPU its threads: what a speed depends
+    on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return f"cpu with {plural(torch.get_num_threads(), 'thread')}"
+    return device.type
 
 
 def wrap(model, blocks, machine, world):
-    """The model as it is trained: with activation checkpointing of its blocks, compiled, in DistributedDataParallel."""
-    if machine.deterministic:            # an error if there is no such form; with warn_only attention would not be so
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read by cuBLAS's first matrix multiplication
+    """The model as it is trained: with activation checkpointing of its blocks, compiled, in
+    DistributedDataParallel."""
+    if machine.deterministic:            # with warn_only attention would not be so
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS reads it once
         torch.use_deterministic_algorithms(True)
-    if machine.recompute:                # only each block's input is saved for backward, which computes the rest again
+    if machine.recompute:                # backward computes all but each block's input again
         for block in blocks:
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if machine.compile:
         model.compile()
     if world == 1:
         return model
     net = DistributedDataParallel(model)
-    net.broadcast_buffers = False        # they follow from the configuration; torch is renaming the argument
+    net.broadcast_buffers = False        # they follow from the configuration
     return net
 
 
@@ -143,7 +145,8 @@ def local_world():
 
 
 def once_per_node(function, *args, **kwargs):
-    """Call a function on local rank 0 of each node, then on its other ranks: so a node downloads once."""
+    """Call a function on local rank 0 of each node, then on its other ranks: so a node downloads
+    once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier(cpu_group)
@@ -164,7 +167,8 @@ def all_gather(value):
 
 
 def on_rank_0(function, *args):
-    """Call a function on rank 0 alone; all ranks get what it returns, or the InputError or OSError that it raises."""
+    """Call a function on rank 0 alone; all ranks get what it returns, or the InputError or OSError
+    that it raises."""
     answer = error = None
     if is_rank_0():
         try:
@@ -177,19 +181,16 @@ def on_rank_0(function, *args):
     return answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Printing
-
-
 def print_rank0(text, file=None):
-    """Print on rank 0. What a pipe does not take, as nobody reads it any more, is dropped: a run goes on without."""
+    """Print on rank 0. What a pipe does not take, as nobody reads it any more, is dropped: a run
+    goes on without."""
     file = file or sys.stdout
     if is_rank_0():
         try:
             tqdm.write(text, file)
             file.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())     # or flushing it at exit would be an error
+        except BrokenPipeError:          # from now on to nowhere, or the flush at exit would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def progress(batches, title, **more):
@@ -198,17 +199,14 @@ def progress(batches, title, **more):
     return tqdm(batches, title, leave=False, disable=disable, **more)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests to stop, and errors
-
-
 stop_requests = []       # the signals that have asked this program to stop
 replaced = {}            # {signal: what it did before stop_on_signals}
 
 
 def stop_on_signals():
-    """From now on signals ask the program to stop, by what they leave in stop_requests, until its main() ends. What a
-    process ignores, as SIGHUP under nohup, it still ignores; outside the main thread nothing is changed."""
+    """From now on signals ask the program to stop, by what they leave in stop_requests, until its
+    main() ends. What a process ignores, as SIGHUP under nohup, it still ignores; outside the main
+    thread nothing is changed."""
     if replaced or threading.current_thread() is not threading.main_thread():
         return
     stop_requests.clear()
@@ -230,24 +228,27 @@ def ignore_signals():
 
 
 REFUSALS = {  # what the system refuses, by words in torch's error
-    "DataLoader worker \\(pid": "a data-loading worker was ended by the system, which may be short of memory or of "
-                                "shared memory (/dev/shm): use fewer --workers",
-    "EADDRINUSE|address already in use": "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun "
-                                         "another --master_port",
-    "CUDA out of memory": "the GPU has too little free memory for this: add --recompute, or start with a smaller "
-                          "--micro-batch; in evaluation make --batch-size smaller",
+    "DataLoader worker .pid":
+        "a data-loading worker was ended by the system, which may be short of memory or of shared "
+        "memory (/dev/shm): use fewer --workers",
+    "EADDRINUSE|address already in use":
+        "the port at which the ranks meet, MASTER_PORT, is in use: give torchrun another "
+        "--master_port",
+    "CUDA out of memory":
+        "the GPU has too little free memory for this: add --recompute, or start with a smaller "
+        "--micro-batch; in evaluation make --batch-size smaller",
 }
-REPORT_AFTER = 5         # seconds, on other ranks than local rank 0, which usually has the same error
 
 
 @contextmanager
 def report_errors():
-    """Around main(): bad input, and what the system refuses, ends it with one line and exit code 2."""
+    """Around main(): bad input, and what the system refuses, ends it with one line and exit code
+    2."""
     try:
         yield
     except (InputError, RuntimeError, OSError) as error:
         known = [reason for words, reason in REFUSALS.items() if re.search(words, str(error), re.I)]
-        if isinstance(error, InputError):                # of a worker it comes with its traceback, itself last
+        if isinstance(error, InputError):        # a worker's comes after its traceback
             reason = str(error).strip().splitlines()[-1].removeprefix("harness.flags.InputError: ")
         elif known:
             reason = known[0]
@@ -255,37 +256,34 @@ def report_errors():
             reason = f"{error.filename}: {error.strerror}: give another path"
         else:
             raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            restore_signals()
-            time.sleep(REPORT_AFTER)   # torchrun ends this one, unless local rank 0 has no error
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         restore_signals()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data-loading workers
-
-
 def default_workers():
-    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most
+    16."""
+    usable = hasattr(os, "sched_getaffinity")                        # not on Windows
+    cores = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
     return min(16, cores // local_world())
 
 
 def start_worker(_):
-    """Ignore signals, which reach workers too: a worker's death would end the run before it is saved. Freeze the
-    garbage collector: its marks would copy the shared memory of all modules, 80 MB per worker."""
+    """Ignore signals, which reach workers too: a worker's death would end the run before it is
+    saved. Freeze the garbage collector: its marks would copy the shared memory of all modules, 80
+    MB per worker."""
     ignore_signals()
     gc.freeze()
 
 
 @atexit.register
 def end_workers():
-    """Kill the workers that are left: at exit multiprocessing sends SIGTERM, which they ignore, and waits for ever."""
-    if hasattr(signal, "SIGCHLD"):                         # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # where torch would report their end as an error
+    """Kill the workers that are left: at exit multiprocessing sends SIGTERM, which they ignore, and
+    waits for ever."""
+    if hasattr(signal, "SIGCHLD"):       # not on Windows; torch would report their end as an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

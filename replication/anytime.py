@@ -10,8 +10,7 @@ from data import normalize
 from downstream.anytime import on_rows
 from harness.flags import check_bounds
 from harness.processes import report_errors
-from harness.run import append_row
-from replication.properties import open_subjects, parser_of_checkpoints
+from replication.properties import append_row, open_subjects, parser_of_checkpoints
 
 
 @torch.no_grad()

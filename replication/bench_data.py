@@ -23,8 +23,8 @@ from data import MEAN, STD, Images, loader, train_batches, train_transform
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds
 from harness.processes import report_errors
-from harness.run import append_row
 from replication.bench_model import medians_in_turns, peer
+from replication.properties import append_row
 
 DIFFERENT = 256                    # drawn photos; the others are links to them
 

@@ -24,9 +24,9 @@ import torchvision
 
 from harness.flags import InputError, Parser, check_bounds, require
 from harness.processes import DEVICES, processor, report_errors, use_tf32, wrap
-from harness.run import Machine, append_row
+from harness.run import Machine
 from model import SIZES, VisionTransformer, config
-from replication.properties import multiply_accumulates, one_process
+from replication.properties import append_row, multiply_accumulates, one_process
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")                  # tf32: float32 with TF32 in matrix multiplications
 

@@ -11,6 +11,7 @@ Each checkpoint gives one line of JSON; --out appends it to a file as well. All 
 [3] loss landscape: Li et al., arXiv 1712.09913
 """
 import copy
+import json
 import math
 import random
 import re
@@ -31,7 +32,7 @@ from harness.checkpoint import describe
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, require, shorten
 from harness.processes import report_errors, setup
-from harness.run import add_eval_flags, append_row
+from harness.run import add_eval_flags
 from harness.shapes import DRAWN, Shapes
 from model import VisionTransformer
 
@@ -352,6 +353,17 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
     "int8": int8,
     "macs": lambda subject: dict(macs=multiply_accumulates(subject.model.cfg)),
 }
+
+
+def append_row(row, file=None):
+    """Print a dict as a line of JSON, and append it to a file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if file:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as rows:
+            rows.write(line + "\n")
 
 
 def one_process(device):

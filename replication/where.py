@@ -16,8 +16,7 @@ from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
 from harness.flags import Parser, overrides
 from harness.processes import report_errors
-from harness.run import append_row
-from replication.properties import one_process
+from replication.properties import append_row, one_process
 
 BANDS = 8    # of whole images
 

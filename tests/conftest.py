@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,11 @@ def environment(**changes):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {key: str(changes[key]) for key in changes}
 
 
+def heed_ctrl_c():
+    """Also where the tests run in a script's background, which ignores it, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Program:
     """A program of ours in a process and a session of its own: its path, or -m and its module, and its flags. **changes
     are of its environment; `out` is where it prints, instead of to a file."""
@@ -100,7 +106,7 @@ class Program:
         self.files = [Path(self.folder.name, name) for name in ("out", "err")]
         with open(self.files[0], "w") as file, open(self.files[1], "w") as errors:
             self.process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out or file, stderr=errors,
-                                            env=environment(**changes), start_new_session=True)
+                                            env=environment(**changes), start_new_session=True, preexec_fn=heed_ctrl_c)
         self.pid = self.process.pid
 
     def said(self):
@@ -163,7 +169,7 @@ def torchrun(ranks, *command, machines=1, flags=()):
                 f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", "--rdzv_conf=is_host=0",
                 f"--rdzv_endpoint=localhost:{store.port}", "--local_addr=localhost", *flags]
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment(),
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(machines)]
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) for _ in range(machines)]
     try:
         out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
     finally:

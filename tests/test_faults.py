@@ -428,12 +428,6 @@ def test_tasks_of_a_launcher_that_do_not_know_each_other_are_refused(tasks, phot
     evaluation.main([str(alone), "--workers", "0"])
 
 
-def test_half_an_environment_of_torchrun_is_refused(photos, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("RANK", "0")
-    said = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL], capsys)
-    assert "torchrun's WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set, though others are" in said
-
-
 def test_a_rank_waits_for_another_ranks_work(tmp_path):
     (tmp_path / "program.py").write_text("""
 import pathlib, sys, time
