@@ -21,11 +21,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 from harness.files import open_folder
 from harness.flags import InputError, require, shorten
-from harness.processes import start_worker
+from harness.processes import print_line, start_worker
 from harness.shapes import DRAWN, Shapes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
@@ -234,8 +233,8 @@ def mix(images, labels, classes, rng, mixup, cutmix):
 class Images(Dataset):
     """images[epoch, index] -> (uint8 (3, H, W), label). What is drawn follows from (seed, epoch, index).
 
-    An image that cannot be read is an error. With `replace`, in training, it is one if the next ten cannot be read
-    either; before that the next one takes its place, with a warning, once in each process.
+    An image that cannot be read is an error. With `replace`, in training, each process warns of it
+    once, and the next one that can be read takes its place, of at most ten.
     """
 
     def __init__(self, source, transform, seed=0, replace=False):
@@ -258,7 +257,8 @@ class Images(Dataset):
                 first_error = first_error or error
                 if self.replace and str(error) not in self.warned:
                     self.warned.add(str(error))
-                    tqdm.write(f"warning: {error}; until then the next one takes its place", sys.stderr)
+                    print_line(f"warning: {error}; until then the next one takes its place",
+                               sys.stderr)
         raise first_error
 
 

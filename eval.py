@@ -18,10 +18,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torchvision.models import ResNet50_Weights
 
 from data import Images, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint
-from harness.files import IMAGENET, read_image
+from harness.files import read_image
 from harness.flags import Parser, check_bounds, nonempty, require, shorten
 from harness.processes import (DTYPES, all_gather, once_per_node, print_rank0, progress, report_errors, setup,
                                shut_down, stop_requests)
@@ -124,7 +125,7 @@ def main(argv=None):
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
                 f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
-        classes = classes or IMAGENET
+        classes = classes or ResNet50_Weights.IMAGENET1K_V1.meta["categories"]           # ImageNet's
         pixels, label = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
         [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]))], device, dtype)
         result = most_likely(logits[0], classes)

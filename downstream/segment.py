@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from harness.flags import (Parser, check_bounds, checked_config, flag, nonempty,
                            shorten, split_batch, with_saved)
 from harness.processes import (DEVICES, DTYPES, default_workers, is_rank_0, once_per_node, print_rank0, report_errors,
                                setup, shut_down, wrap)
-from harness.run import Machine, Monitor, RunFolder, settings_of
+from harness.run import Machine, Monitor, RunFolder, compare_ranks, settings_of
 from model import MASKS, SIZES, STEPS, Config, config
 
 
@@ -120,7 +120,7 @@ def parse(argv=None):
 
 def resolve(given, checkpoint):
     """Flags and the checkpoint to resume -> (Run, Recipe). InputError for what does not fit together."""
-    given = with_saved(given, checkpoint)
+    given = with_saved(given, checkpoint, ["scenes"])
     run = Run(**pick(Run, given))
     require(run.recipe in RECIPES, f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
     require(run.init_from or run.recipe != "ade20k",
@@ -207,6 +207,7 @@ def train(argv):
             "deterministic form on GPUs: drop it")
     run = replace(run, dtype=str(dtype).removeprefix("torch."))
     state = State(**pick(State, checkpoint or {}))
+    compare_ranks(asdict(run) | asdict(state))           # before the weights are read node by node
 
     # Data
     micro_batch, accumulate = split_batch(recipe, world, "micro_batch" in given)

@@ -9,12 +9,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.models import ResNet50_Weights
 
 from harness.flags import InputError, plural, require, shorten
 from harness.processes import print_rank0
-
-IMAGENET = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]     # its 1,000 classes, in their order
 
 
 def read_image(path, upright=False, convert=True):

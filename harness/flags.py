@@ -168,16 +168,18 @@ def pick(cls, values):
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
-def with_saved(given, checkpoint):
+def with_saved(given, checkpoint, datasets):
     """The flags that were given, on top of those of the run to resume. InputError if they would
-    change it: --data may have moved, --dtype may be another, and flags of the machine are not the
-    run's."""
+    change it: only --dtype may be another one, and --data a folder that has moved, so neither is
+    one of the built-in `datasets`."""
     if checkpoint is None:
         return given
     saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-    changed = [f"{flag(name, value)}, not "
-               f"{flag(name, saved[name])}" for name, value in given.items()
-               if name in saved and name not in ("data", "dtype") and saved[name] != value]
+    changed = []
+    for name, value in given.items():
+        moved = name == "data" and not {value, saved[name]} & {*datasets}
+        if name in saved and value != saved[name] and name != "dtype" and not moved:
+            changed.append(f"{flag(name, value)}, not {flag(name, saved[name])}")
     require(not changed, "--resume continues the run as it was started, but here is "
             f"{' and '.join(changed)}: drop the flag, or start a new run, --init-from its last.pt "
             "to train it for longer")
@@ -212,5 +214,5 @@ def split_batch(recipe, world, strict):
     require(left == 0 and part % micro == 0, f"--batch-size {recipe.batch_size} is not a multiple "
             f"of {plural(world, 'rank')} x --micro-batch {micro}; {near} is")
     require(not (mixes and micro % 2), f"--micro-batch {micro} is odd, but mixup and cutmix pair "
-            "the images of a micro-batch: make it even, or set both to 0")
+            f"images: make it even and --batch-size a multiple of {2 * world}, or set both to 0")
     return micro, part // micro

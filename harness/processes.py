@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -79,7 +80,8 @@ def join(rank, world, device):
     global cpu_group
     gpu = device.type == "cuda"
     store, _, _ = next(dist.rendezvous("env://"))
-    # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended.
+    # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended:
+    # the new ranks would try to reach those.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
                             device_id=device if gpu else None)
@@ -120,7 +122,7 @@ def processor(device):
 def wrap(model, blocks, machine, world):
     """The model as it is trained: with activation checkpointing of its blocks, compiled, in
     DistributedDataParallel."""
-    if machine.deterministic:            # with warn_only attention would not be so
+    if machine.deterministic:            # an error where an operation has no such form
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS reads it once
         torch.use_deterministic_algorithms(True)
     if machine.recompute:                # backward computes all but each block's input again
@@ -181,16 +183,21 @@ def on_rank_0(function, *args):
     return answer
 
 
+def print_line(text, file):
+    """Print to sys.stdout or sys.stderr. What is not taken, as nobody reads it any more or the disk
+    is full, is dropped: a run goes on without it."""
+    if file is None:                     # Python was started with it closed
+        return
+    try:
+        tqdm.write(text, file)
+        file.flush()
+    except OSError:                      # Python flushes at exit: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def print_rank0(text, file=None):
-    """Print on rank 0. What a pipe does not take, as nobody reads it any more, is dropped: a run
-    goes on without."""
-    file = file or sys.stdout
     if is_rank_0():
-        try:
-            tqdm.write(text, file)
-            file.flush()
-        except BrokenPipeError:          # from now on to nowhere, or the flush at exit would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        print_line(text, file or sys.stdout)
 
 
 def progress(batches, title, **more):
@@ -209,7 +216,6 @@ def stop_on_signals():
     thread nothing is changed."""
     if replaced or threading.current_thread() is not threading.main_thread():
         return
-    stop_requests.clear()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             replaced[number] = signal.signal(number, lambda number, _: stop_requests.append(number))
@@ -219,6 +225,7 @@ def restore_signals():
     for number, handler in replaced.items():
         signal.signal(number, handler)
     replaced.clear()
+    stop_requests.clear()
 
 
 def ignore_signals():
@@ -240,31 +247,40 @@ REFUSALS = {  # what the system refuses, by words in torch's error
 }
 
 
+REPORT_AFTER = 5         # seconds, on all but local rank 0, which usually has the same error
+
+
 @contextmanager
 def report_errors():
-    """Around main(): bad input, and what the system refuses, ends it with one line and exit code
-    2."""
+    """Around main(): bad input, and what the system refuses, ends it with one line and exit code 2.
+    At its end signals do what they did before."""
+    outer = bool(replaced)               # this main() was called by that of another program
     try:
         yield
     except (InputError, RuntimeError, OSError) as error:
-        known = [reason for words, reason in REFUSALS.items() if re.search(words, str(error), re.I)]
-        if isinstance(error, InputError):        # a worker's comes after its traceback
-            reason = str(error).strip().splitlines()[-1].removeprefix("harness.flags.InputError: ")
+        text = str(error)
+        known = [reason for words, reason in REFUSALS.items() if re.search(words, text, re.I)]
+        if isinstance(error, InputError):
+            if text.startswith("Caught "):               # by a worker: after its traceback
+                text = text.strip().splitlines()[-1].removeprefix("harness.flags.InputError: ")
         elif known:
-            reason = known[0]
+            text = known[0]
         elif isinstance(error, OSError) and error.filename:
-            reason = f"{error.filename}: {error.strerror}: give another path"
+            text = f"{error.filename}: {error.strerror}: give another path"
         else:
             raise
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            restore_signals()
+            time.sleep(REPORT_AFTER)     # torchrun ends this rank, unless local rank 0 has no error
+        print_line(f"error: {text}", sys.stderr)
         sys.exit(2)
     finally:
-        restore_signals()
+        if not outer:
+            restore_signals()
 
 
 def default_workers():
-    """Data-loading workers per rank: the usable cores divided by the ranks of this node, at most
-    16."""
+    """Data-loading workers per rank: the usable cores by the ranks of this node, at most 16."""
     usable = hasattr(os, "sched_getaffinity")                        # not on Windows
     cores = len(os.sched_getaffinity(0)) if usable else os.cpu_count() or 1
     return min(16, cores // local_world())

@@ -94,8 +94,8 @@ def write(path, content):
     except OSError as error:
         with suppress(OSError):          # on a read-only file system
             temporary.unlink()
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room for it, then go "
-                         "on with --resume; what was saved before is intact") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): make that possible, then "
+                         "go on with --resume; what was saved before is intact") from error
 
 
 def lock(folder):
@@ -106,7 +106,7 @@ def lock(folder):
     except ImportError:
         return None
     file = open(folder / ".lock", "w")
-    try:                                                 # flock would pass on to forked workers
+    try:  # not flock, which workers inherit: those of a killed run would hold it for seconds
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise InputError(f"{folder} is being trained by another process: wait until that has "
@@ -114,6 +114,16 @@ def lock(folder):
     except OSError:                                      # a file system without locks
         return None
     return file
+
+
+def compare_ranks(mine):
+    """InputError unless all ranks have the same values in {name: value}."""
+    first, *others = all_gather(mine)
+    for rank, theirs in enumerate(others, 1):
+        for name in mine:
+            require(theirs[name] == first[name], f"{name} is {first[name]!r} on rank 0, but "
+                    f"{theirs[name]!r} on rank {rank}: give all nodes the same data and flags, and "
+                    "a folder for --out and --resume that they share")
 
 
 def find_checkpoint(given, below):
@@ -187,18 +197,13 @@ class RunFolder:
         of_data = {name: settings[name] for name in ("classes", "train_images", "test_images")}
         for name, now in of_data.items() if self.checkpoint else ():
             before = self.checkpoint.get(name, now)      # earlier versions had no test_images
+            differ = f"{now} instead of {before}"
             if name == "classes":
-                now, before = shorten(now), shorten(before)
+                differ = shorten(sorted({*now} ^ {*before}) or now)
             require(now == before, f"--data {data} has other {name.replace('_', ' ')} than the run "
-                    f"to resume, {now} instead of {before}: give the data of its start")
-
-        mine = settings["run"] | settings["recipe"] | settings["config"] | asdict(state) | of_data
-        first, *others = all_gather(mine)
-        for rank, theirs in enumerate(others, 1):
-            for name in mine:
-                require(theirs[name] == first[name], f"{name} is {first[name]!r} on rank 0, but "
-                        f"{theirs[name]!r} on rank {rank}: give all nodes the same data and flags, "
-                        "and a folder for --out and --resume that they share")
+                    f"to resume ({differ}): give the data of its start")
+        compare_ranks(settings["run"] | settings["recipe"] | settings["config"] | asdict(state)
+                      | of_data)
 
     def open(self, model, optimizer, scaler):
         """Make a new run's folder and lock it, or restore the optimizer of the run to resume."""
@@ -282,9 +287,10 @@ class RunFolder:
         """End a run that was asked to stop and has saved itself."""
         print_rank0(f"preempted at iteration {self.state.iteration}; go on with --resume "
                     f"{shlex.quote(str(self.path))}")
-        if dist.is_initialized():
+        if "RANK" in os.environ:
             ignore_signals()             # torchrun sends them when the first rank has ended,
-            dist.barrier()               # but all have come here by then
+        if dist.is_initialized():
+            dist.barrier()               # by when all have come here
         sys.exit(PREEMPTED)
 
     def finish(self, best, program, data):
@@ -330,8 +336,8 @@ class Monitor:
         skips = scaler.is_enabled()              # a GradScaler leaves out such an update itself
         require(math.isfinite(loss) and (math.isfinite(grad_norm) or skips), "the loss or its "
                 f"gradient is not a finite number at iteration {self.state.iteration}; it was not "
-                f"applied, and {self.folder.path} holds the run as it was last saved: try a "
-                "smaller --lr or --dtype float32")
+                f"applied, and {self.folder.path} holds the run as it was last saved: resume it "
+                "with --dtype float32, or start anew with a smaller --lr")
         self.stopping, self.loss = stops > 0, loss / self.losses
         return self.loss
 

@@ -218,10 +218,24 @@ def test_a_signal_ends_all_ranks_at_one_iteration(rank, moment, number, fault, i
     assert same(tmp_path / "run", alone2)
 
 
-def test_main_leaves_signals_as_it_found_them(photos, tmp_path):
+def test_main_leaves_signals_as_it_found_them_and_no_request_behind(photos, monkeypatch, tmp_path):
     before = [signal.getsignal(number) for number in processes.SIGNALS]
     run(photos, tmp_path / "run", "--epochs", 1)
+    monkeypatch.setattr(RunFolder, "log", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        run(photos, tmp_path / "asked")
+    assert end.value.code == 75 and processes.stop_requests == []
     assert [signal.getsignal(number) for number in processes.SIGNALS] == before
+
+
+def test_a_program_that_calls_another_one_keeps_its_handlers():
+    with processes.report_errors():
+        processes.stop_on_signals()
+        with processes.report_errors():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert processes.stop_requests == [signal.SIGTERM]
+    assert processes.stop_requests == []
 
 
 def test_under_nohup_a_run_goes_on_when_its_terminal_is_closed(monkeypatch):
@@ -294,16 +308,18 @@ train.main(["--resume", {str(tmp_path)!r} + "/" + os.environ["RANK"], *sys.argv[
     assert code == 2 and f"error: {said}: give all nodes the same data and flags, and a folder for --out and" in errors
 
 
-@pytest.mark.parametrize("own", [["--init-from", "{weights}"], ["--lr", "1"], ["--data", "{data}"]])
-def test_a_flag_that_one_rank_alone_is_given_is_named_and_not_waited_for(own, photos, finished, tmp_path):
+@pytest.mark.parametrize("program, own", [("train", ["--init-from", "{weights}"]), ("train", ["--lr", "1"]),
+                                          ("train", ["--data", "{data}"]), ("downstream.segment", ["--init-from", "{weights}"])])
+def test_a_flag_that_one_rank_alone_is_given_is_named_and_not_waited_for(program, own, photos, finished, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     own = [flag.format(weights=finished / "best.pt", data=tmp_path / "data") for flag in own]
     (tmp_path / "node.py").write_text(f"""
-import os, sys, train
+import os, sys, {program} as program
 own = {own!r} if os.environ["RANK"] == "1" else []
-train.main([*sys.argv[1:], *own])
+program.main([*sys.argv[1:], *own])
 """)
-    code, _, errors = in_ranks(2, tmp_path / "node.py", "--data", photos, *SMALL, "--out", tmp_path / "run")
+    flags = ["--data", photos, *SMALL] if program == "train" else ["--size", "nano", "--depth", "2", "--workers", "0"]
+    code, _, errors = in_ranks(2, tmp_path / "node.py", *flags, "--out", tmp_path / "run")
     name = own[0].removeprefix("--").replace("-", "_")
     assert code == 2 and f"error: {name} is " in errors and "on rank 0, but" in errors
     assert not (tmp_path / "run").exists()
@@ -342,7 +358,7 @@ def test_a_new_run_does_not_touch_the_files_of_another(name, photos, tmp_path, c
 def test_a_full_disk_is_reported_and_what_was_saved_is_intact(ranks, photos, alone, tmp_path):
     code, _, errors = sabotaged(ranks, photos, tmp_path / "run", 0, "train", 4, "full disk")
     assert code == 2
-    assert f"error: {tmp_path}/run/last.pt cannot be written (File too large): make room for it" in errors
+    assert f"error: {tmp_path}/run/last.pt cannot be written (File too large): make that possible" in errors
     assert load(tmp_path / "run" / "last.pt")["iteration"] == 3 and not list((tmp_path / "run").glob("*.tmp"))
     if ranks == 1:
         resume(tmp_path / "run")

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -601,6 +602,18 @@ def test_the_data_may_have_moved_and_the_type_may_be_another(photos, finished, m
     assert "at iteration 3 of 6" in said and "dtype   float32 before, bfloat16 now: rounding will differ" in said
 
 
+def test_resuming_on_other_data_is_refused(finished, tmp_path, capsys):
+    said = refused(train, ["--resume", finished, "--data", "shapes", "--device", "cpu"], capsys)
+    assert "but here is --data shapes, not --data " in said
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = load(finished / "last.pt")
+    checkpoint["run"]["data"] = "shapes"
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    for data in ("shapes-cue", tmp_path):
+        said = refused(train, ["--resume", tmp_path / "run", "--data", data, "--device", "cpu"], capsys)
+        assert f"but here is --data {data}, not --data shapes: drop the flag" in said
+
+
 def test_a_run_of_an_earlier_version_resumes(photos, finished, monkeypatch, tmp_path):
     stopped(photos, tmp_path / "run", monkeypatch)
     checkpoint = load(tmp_path / "run" / "last.pt")
@@ -755,9 +768,9 @@ def test_resuming_from_what_is_no_run_is_refused(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(classes=["cat", "dog", "fox"]), "has other classes than the run to resume, cat, dog, owl instead of cat, dog, fox: give"),
-    (dict(train_images=25), "has other train images than the run to resume, 24 instead of 25"),
-    (dict(test_images=12), "has other test images than the run to resume, 11 instead of 12"),
+    (dict(classes=["cat", "dog", "fox"]), "has other classes than the run to resume (fox, owl): give"),
+    (dict(train_images=25), "has other train images than the run to resume (24 instead of 25)"),
+    (dict(test_images=12), "has other test images than the run to resume (11 instead of 12)"),
     (dict(model={}), "the weights do not fit the model: "), (dict(optimizer={}), "what the optimizer has saved is of another"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused(changes, said, finished, tmp_path, capsys):
