@@ -325,6 +325,20 @@ program.main([*sys.argv[1:], *own])
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_with_other_images_below_the_same_path_are_refused(photos, tmp_path):
+    for rank in (0, 1):                                                      # two nodes with disks of their own
+        shutil.copytree(photos, tmp_path / f"{rank}" / "data")
+    (tmp_path / "1" / "data" / "train" / "cat" / "00.png").unlink()          # a copy that is not complete
+    (tmp_path / "node.py").write_text(f"""
+import os, sys, train
+os.chdir({str(tmp_path)!r} + "/" + os.environ["RANK"])
+train.main(["--data", "data", *sys.argv[1:]])
+""")
+    code, _, errors = in_ranks(2, tmp_path / "node.py", "--out", tmp_path / "run", *SMALL)
+    assert code == 2 and "error: train_images is 24 on rank 0, but 23 on rank 1: give all nodes the same data" in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_within_an_epoch_a_run_goes_on_with_other_ranks_and_says_so(photos, alone, tmp_path):
     code, _, errors = sabotaged(2, photos, tmp_path / "run", 1, "train", 3, "SIGKILL")
     assert code != 0 and load(tmp_path / "run" / "last.pt")["iteration"] == 2
