@@ -92,9 +92,10 @@ def environment(**changes):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {key: str(changes[key]) for key in changes}
 
 
-def heed_ctrl_c():
-    """Also where the tests run in a script's background, which ignores it, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals():
+    """Also where the tests run in a script's background or under nohup, which ignore some, and so would what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Program:
@@ -106,7 +107,7 @@ class Program:
         self.files = [Path(self.folder.name, name) for name in ("out", "err")]
         with open(self.files[0], "w") as file, open(self.files[1], "w") as errors:
             self.process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out or file, stderr=errors,
-                                            env=environment(**changes), start_new_session=True, preexec_fn=heed_ctrl_c)
+                                            env=environment(**changes), start_new_session=True, preexec_fn=heed_signals)
         self.pid = self.process.pid
 
     def said(self):
@@ -169,7 +170,7 @@ def torchrun(ranks, *command, machines=1, flags=()):
                 f"--nproc_per_node={ranks // machines}", "--rdzv_backend=c10d", "--rdzv_conf=is_host=0",
                 f"--rdzv_endpoint=localhost:{store.port}", "--local_addr=localhost", *flags]
     running = [subprocess.Popen([*launcher, *map(str, command), "--device", "cpu"], text=True, env=environment(),
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) for _ in range(machines)]
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals) for _ in range(machines)]
     try:
         out, err = zip(*(process.communicate(timeout=DEADLINE) for process in running))
     finally:
