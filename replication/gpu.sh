@@ -117,15 +117,15 @@ train() {
 }
 
 ladder() {
-    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=--long epochs=${EPOCHS:-} least=6 most=100
+    local data=${CIFAR10:-datasets/cifar10} jobs=${JOBS:-4} long=(--long) epochs=${EPOCHS:-} least=6 most=100
     local groups=("rmsnorm ps_cls soft_mask vit" "swiglu rope abs_pos soft_log modified rope_alone") seeds="1 3"
     if [ -n "$small" ]; then
         photos 1000
-        data=$PHOTOS jobs=1 long="" groups=(rmsnorm) seeds=1 least=1 most=1
+        data=$PHOTOS jobs=1 long=("--with=--dtype float32 --no-compile") groups=(rmsnorm) seeds=1 least=1 most=1
     elif [ ! -d "$data/train" ] && [ -f datasets/cifar10.tar.gz ]; then
         mkdir -p "$data" && tar xzf datasets/cifar10.tar.gz -C "$data" --strip-components=1
     fi
-    local program=("$python" -m replication.ladder $long --data "$data" --device $device --jobs "$jobs")
+    local program=("$python" -m replication.ladder "${long[@]}" --data "$data" --device $device --jobs "$jobs")
     [ -z "${STEPS:-}" ] || groups=("$STEPS") seeds=1
     if [ -z "$epochs" ]; then
         # A pilot: how long does an epoch of so many runs at once take, its evaluation included, once they are compiled?
