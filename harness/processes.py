@@ -245,8 +245,6 @@ REFUSALS = {  # what the system refuses, by words in torch's error
         "the GPU has too little free memory for this: add --recompute, or start with a smaller "
         "--micro-batch; in evaluation make --batch-size smaller",
 }
-
-
 REPORT_AFTER = 5         # seconds, on all but local rank 0, which usually has the same error
 
 
