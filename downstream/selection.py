@@ -215,7 +215,7 @@ def main(argv=None):
     if "head.weight" in fresh:
         classes = None
     checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
-                      run=run)
+                      run={name: run[name] for name in ("size", "step", "data", "dtype", "seed")})
     out = Path(given["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, checkpoint)

@@ -114,8 +114,9 @@ def weights_of(checkpoint):
     """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. InputError if
     there is none."""
     state = checkpoint.get("model", checkpoint)
-    require(all(isinstance(value, torch.Tensor) for value in state.values()),
-            "what should be weights is not a dict of tensors by their names: use another file")
+    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    require(tensors, "what should be weights is not a dict of tensors by their names: use another "
+            "file")
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 

@@ -3,7 +3,6 @@ names the file."""
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -43,7 +42,8 @@ def eight_bits(image):
 
 def class_folders(folder):
     """The names of a folder's folders, sorted; hidden ones do not count."""
-    return sorted(entry.name for entry in folder.glob("[!.]*") if entry.is_dir())
+    folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -72,8 +72,8 @@ class ImageFolder(datasets.ImageFolder):
         return self.known, {name: label for label, name in enumerate(self.known)}
 
     def is_image(self, path):
-        inside = os.path.relpath(path, self.root)
-        if any(part.startswith(".") for part in Path(inside).parts):
+        inside = path.removeprefix(f"{self.root}{os.sep}")
+        if f"{os.sep}." in f"{os.sep}{inside}":                  # hidden, or in a hidden folder
             return False
         if not path.lower().endswith(IMG_EXTENSIONS):
             self.others.append(inside)
