@@ -12,6 +12,7 @@ Every random draw is seeded by its purpose: the order of an epoch by (seed, epoc
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,36 +29,11 @@ from harness.processes import print_line, start_worker
 from harness.shapes import DRAWN, Shapes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, for all data, as the published runs have it
-DATASETS = (*DRAWN, "cifar10", "cifar100", "flowers102")   # the built-in ones
 DOWNLOADS = Path("datasets")                               # where downloaded ones are kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: pairs (PIL image, label), and .classes
-
-
-def open_data(data, split, img_size, classes=None):
-    """A split, "train" or "val", of a built-in data set or of a folder PATH/SPLIT/CLASS/IMAGE.
-
-    Labels are indices into `classes`, by default the names of this data set's own classes. InputError in one sentence
-    if there is nothing to open, or a class that is not among them.
-    """
-    if data not in DATASETS:
-        return open_folder(Path(data), split, classes, DATASETS)
-    if data == "cifar10":
-        source = download(datasets.CIFAR10, train=split == "train")
-    elif data == "cifar100":
-        source = download(datasets.CIFAR100, train=split == "train")
-    elif data == "flowers102":     # 2,040 images to train, in two parts of the original, and 6,149 to test
-        parts = ("train", "val") if split == "train" else ("test",)
-        source = ConcatDataset([download(datasets.Flowers102, split=part) for part in parts])
-        source.classes = [f"flower {n}" for n in range(1, 103)]                  # as the original numbers them
-    else:
-        source = Shapes(split, img_size, **DRAWN[data])
-    require(classes is None or list(classes) == list(source.classes), f"--data {data} has the classes "
-            f"{shorten(source.classes)}, but the model knows {shorten(classes or [])}: use the data that it was trained"
-            " on")
-    return source
 
 
 def download(dataset, **split):
@@ -70,6 +46,45 @@ def download(dataset, **split):
     except Exception as error:  # no network shows as any of a dozen types
         raise InputError(f"--data {name} could not be downloaded to {DOWNLOADS}/ ({error}): connect to a network, or "
                          "give --data a folder with train/ and val/ class folders") from error
+
+
+def open_cifar10(split, img_size):
+    return download(datasets.CIFAR10, train=split == "train")
+
+
+def open_cifar100(split, img_size):
+    return download(datasets.CIFAR100, train=split == "train")
+
+
+def open_flowers102(split, img_size):
+    """2,040 images to train, in two parts of the original, and 6,149 to test."""
+    parts = ("train", "val") if split == "train" else ("test",)
+    source = ConcatDataset([download(datasets.Flowers102, split=part) for part in parts])
+    source.classes = [f"flower {n}" for n in range(1, 103)]          # as the original numbers them
+    return source
+
+
+OPENERS = {  # what --data may name beside folders: a function of split and resolution
+    **{name: partial(Shapes, **style) for name, style in DRAWN.items()},
+    "cifar10": open_cifar10,
+    "cifar100": open_cifar100,
+    "flowers102": open_flowers102,
+}
+
+
+def open_data(data, split, img_size, classes=None):
+    """A split, "train" or "val", of a data set of OPENERS or of a folder PATH/SPLIT/CLASS/IMAGE.
+
+    Labels are indices into `classes`, by default the names of this data set's own classes.
+    InputError in one sentence if there is nothing to open, or a class that is not among them.
+    """
+    if data not in OPENERS:
+        return open_folder(Path(data), split, classes, OPENERS)
+    source = OPENERS[data](split, img_size)
+    require(classes is None or list(classes) == list(source.classes), f"--data {data} has the "
+            f"classes {shorten(source.classes)}, but the model knows {shorten(classes or [])}: use "
+            "the data that it was trained on")
+    return source
 
 
 # ---------------------------------------------------------------------------------------------------------------------

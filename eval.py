@@ -84,7 +84,7 @@ def open_model(source, device, alpha=None):
     checkpoint = once_per_node(open_checkpoint, source)
     model = build(checkpoint).to(device).eval()
     if alpha is not None:
-        require(model.cfg.soft, f"--soft-mask needs a soft mask, but the mask of {source} is "
+        require(model.cfg.soft, f"--alpha needs a soft mask, but the mask of {source} is "
                 f"{model.cfg.mask!r}: drop it")
         model.set_soft_mask(alpha)
         checkpoint["alpha"] = alpha
@@ -117,7 +117,7 @@ def main(argv=None):
     check_bounds(vars(args))
     require(not (args.image and args.data), "--image classifies one image alone: drop it, or --data")
     rank, world, device, dtype = setup(args.device, args.dtype)
-    model, checkpoint = open_model(args.checkpoint, device, args.soft_mask)
+    model, checkpoint = open_model(args.checkpoint, device, args.alpha)
     if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
         dtype = torch.float32
     transform = partial(eval_transform, size=model.cfg.img_size)

@@ -9,7 +9,7 @@ decoder block of LLaMA [4] reading image patches. Weights carry the names of the
 
 `python model.py` prints the steps and sizes. Files of weights are read in harness/checkpoint.py.
 
-Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M queries (N or 1).
+Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M queries.
 
 [1] ViT, arXiv 2010.11929       [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773
 [4] LLaMA, arXiv 2302.13971     [5] SwiGLU, arXiv 2002.05202     [6] RMSNorm, arXiv 1910.07467
@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 MASKS = ("none", "causal", "modified", "soft", "soft_log")
@@ -156,37 +155,24 @@ class SwiGLU(nn.Module):
 
 
 class Mask(NamedTuple):
-    """What each query attends to: softmax(q k' / sqrt(d) + attn_bias) * attn_scale, tables (N, N) with a row per query.
-    is_causal stands for an attn_bias of -inf above the diagonal, without the table: fused kernels skip what it hides.
+    """What queries attend to: softmax(q k' / sqrt(d) + attn_bias) * attn_scale, tables (M, N).
+    is_causal stands for an attn_bias of -inf above the diagonal: fused kernels skip what it hides.
     """
     is_causal: bool = False
     attn_bias: torch.Tensor | None = None
     attn_scale: torch.Tensor | None = None
 
-    def of_class_token(self, cls_last):
-        """The class token's row. Where is_causal, it attends to itself alone if it comes first, and to all if last."""
-        row = slice(-1, None) if cls_last else slice(0, 1)
-        attn_bias = None if self.attn_bias is None else self.attn_bias[row]
-        attn_scale = None if self.attn_scale is None else self.attn_scale[row]
-        return Mask(self.is_causal and not cls_last, attn_bias, attn_scale)
-
 
 def attention_weights(q, k, attn_bias):
-    """q (B, h, M, d), k (B, h, N, d) -> (B, h, M, N): softmax(q k' / sqrt(d) + attn_bias), whose rows sum to 1."""
+    """softmax(q k' / sqrt(d) + attn_bias): q (B, h, M, d), k (B, h, N, d) -> (B, h, M, N)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if attn_bias is not None:
         scores = scores + attn_bias
     return scores.softmax(dim=-1)
 
 
-def soft_masked_sum(attn, attn_scale, v):
-    return (attn * attn_scale) @ v                                   # B, h, M, d
-
-
 class Attention(nn.Module):
-    """Multi-head attention: softmax of the scores, masked as Mask says, times v. `queries` are the tokens whose output
-    is computed, and the mask has a row for each: of the last block only the class token is read, and computing the
-    others would be 6 % of the work."""
+    """Multi-head attention. The output of `queries` is computed, the mask has a row for each."""
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.heads
@@ -198,18 +184,18 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # 3, B, h, N, d
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-            v = v.contiguous()                           # as a view it would keep the unrotated q and k in memory
+            v = v.contiguous()                       # a view would keep the unrotated q and k, too
         return q, k, v
 
     def forward(self, x, rope, mask, queries=slice(None)):
         q, k, v = self.qkv_heads(x, rope)
         q = q[:, :, queries]                                         # B, h, M, d
-        attn_bias = None if mask.attn_bias is None else mask.attn_bias.type_as(q)
-        if mask.attn_scale is None:                                  # nothing after the softmax: one fused kernel
-            y = F.scaled_dot_product_attention(q, k, v, attn_bias, is_causal=mask.is_causal)
-        else:                                            # backward computes the product again, so attn alone is saved
-            y = checkpoint(soft_masked_sum, attention_weights(q, k, attn_bias), mask.attn_scale.type_as(q), v,
-                           use_reentrant=False, preserve_rng_state=False)
+        bias = None if mask.attn_bias is None else mask.attn_bias.type_as(q)
+        if mask.attn_scale is None:                                  # one fused kernel
+            y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=mask.is_causal)
+        else:                                                        # the published soft mask
+            attn, scale = attention_weights(q, k, bias), mask.attn_scale.type_as(q)
+            y = (attn * scale) @ v                                   # B, h, M, d
         return self.proj(y.transpose(1, 2).flatten(2))               # B, M, D
 
 
@@ -241,13 +227,15 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i * rate) for i in range(cfg.depth))
         self.norm = norm(cfg)
         self.head = nn.Linear(cfg.width, cfg.num_classes)
-        self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)  # the class token's position in the sequence
+        # Where class token and patches stand in the sequence
+        self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)
+        self.patches = slice(0, -1) if cfg.cls_last else slice(1, None)
 
         # Not in the state dict, as they follow from the configuration
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)         # a tensor: changes do not recompile
-        self.is_causal = cfg.mask in ("causal", "soft_log")          # soft_log while alpha is 0, as it is at first
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)     # set_soft_mask's
         if cfg.rope:
-            self.register_buffer("rope", rope_table(cfg.tokens, cfg.width // cfg.heads), persistent=False)
+            table = rope_table(cfg.tokens, cfg.width // cfg.heads)
+            self.register_buffer("rope", table, persistent=False)
         else:
             self.rope = None
 
@@ -256,35 +244,47 @@ class VisionTransformer(nn.Module):
         if cfg.abs_pos:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    def no_weight_decay(self):
+        """Names of the parameters without weight decay: norms, biases, positions, class token."""
+        return {name for name, p in self.named_parameters()
+                if p.ndim == 1 or name in ("pos_embed", "cls_token")}
+
     def set_soft_mask(self, alpha):
-        """The factor of the attention to later tokens: 1 is bidirectional, 0 (as built) the mask's final form."""
+        """Attention to later tokens: in full at alpha 1, as the mask's final form hides it at 0."""
         if not self.cfg.soft:
-            raise ValueError(f"mask {self.cfg.mask!r} has no alpha to set; use mask 'soft' or 'soft_log'")
+            raise ValueError(f"mask {self.cfg.mask!r} has no alpha; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
             raise ValueError(f"the soft mask's alpha is {alpha}; it must be between 0 and 1")
         self.alpha.fill_(alpha)
-        self.is_causal = self.cfg.mask == "soft_log" and alpha == 0
 
-    def mask(self):
-        """What each token attends to.
+    @property
+    def exactly_causal(self):
+        """Whether tokens never depend on later ones, as in a LLaMA. Waits for the device."""
+        return self.cfg.mask == "causal" or self.cfg.mask == "soft_log" and self.alpha.item() == 0
 
-        `soft` is the published mask: it scales the weights of later tokens after the softmax. Their keys stay in its
-        denominator, so even at alpha 0 a token's output depends on what comes after it. `soft_log` scales exp(score)
-        instead, by adding log(alpha): at alpha 0 that is -inf, LLaMA's causal mask.
+    def mask(self, queries=None):
+        """What the tokens of a slice attend to; by default all, and `causal` then has no table.
+
+        `soft` is the published mask: it scales the weights of later tokens after the softmax. Their
+        keys stay in its denominator, so even at alpha 0 a token's output depends on what comes
+        after it. `soft_log` scales exp(score) instead, by adding log(alpha): at alpha 0 that is
+        -inf, LLaMA's causal mask.
         """
-        cfg = self.cfg
-        if cfg.mask == "none":
+        mask = self.cfg.mask
+        if mask == "none":
             return Mask()
-        if self.is_causal:
+        if mask == "causal" and queries is None:
             return Mask(is_causal=True)
-        position = torch.arange(cfg.tokens, device=self.alpha.device)
-        future = position > position[:, None]                        # N, N: the key comes after the query
-        if cfg.mask == "modified":                                   # causal, but the class token attends to all
-            future[self.cls] = False
-            return Mask(attn_bias=torch.where(future, -math.inf, 0.0))
-        if cfg.mask == "soft":
+        key = torch.arange(self.cfg.tokens, device=self.alpha.device)            # N
+        query = key[queries or slice(None), None]                                # M, 1
+        future = key > query                                                     # M, N
+        if mask == "soft":
             return Mask(attn_scale=torch.where(future, self.alpha, 1.0))
-        return Mask(attn_bias=torch.where(future, self.alpha.log(), 0.0))        # soft_log
+        if mask == "soft_log":
+            return Mask(attn_bias=torch.where(future, self.alpha.log(), 0.0))
+        if mask == "modified":                                       # the class token attends to all
+            future = future & (query != key[self.cls])
+        return Mask(attn_bias=torch.where(future, -math.inf, 0.0))
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
@@ -297,11 +297,12 @@ class VisionTransformer(nn.Module):
         return x if self.pos_embed is None else x + self.pos_embed
 
     def forward(self, images):
-        """Logits. Only the class token is read, so the last block computes its output alone."""
+        """Logits. Only the class token is read, so the last block computes it alone: computing the
+        others would be 6 % of the work."""
         x, mask = self.embed(images), self.mask()
         for block in self.blocks[:-1]:
             x = block(x, self.rope, mask)                            # B, N, D
-        x = self.blocks[-1](x, self.rope, mask.of_class_token(self.cfg.cls_last), self.cls)      # B, 1, D
+        x = self.blocks[-1](x, self.rope, self.mask(self.cls), self.cls)         # B, 1, D
         return self.head(self.norm(x))[:, 0]                         # B, num_classes
 
     def forward_features(self, images):
@@ -313,13 +314,10 @@ class VisionTransformer(nn.Module):
 
     def attention_maps(self, images):
         """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
-        x, mask, maps = self.embed(images), self.mask(), []
-        attn_bias, N = mask.attn_bias, self.cfg.tokens
-        if mask.is_causal:
-            attn_bias = x.new_full((N, N), -math.inf).triu(1)
+        x, mask, maps = self.embed(images), self.mask(slice(None)), []           # with its table
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
-            maps.append(attention_weights(q, k, attn_bias))
+            maps.append(attention_weights(q, k, mask.attn_bias))
             x = block(x, self.rope, mask)
         return torch.stack(maps) * (1 if mask.attn_scale is None else mask.attn_scale)
 

@@ -1,4 +1,5 @@
 """What is true of the architecture: one property a test. `python -m pytest test_model.py`"""
+import copy
 import json
 import math
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.optim.swa_utils import AveragedModel
 
 from harness.checkpoint import load_weights, resize_positions
 from model import STEPS, Config, Mask, SwiGLU, VisionTransformer, config, norm, rope_table, rotate
@@ -225,10 +227,10 @@ def test_at_alpha_1_there_is_no_mask(step):
 
 def test_another_mask_is_a_method():
     class Prefix(VisionTransformer):                                         # the first four attend to each other
-        def mask(self):
+        def mask(self, queries=slice(None)):
             future = torch.ones(17, 17).triu(1).bool()
             future[:4, :4] = False
-            return Mask(attn_bias=torch.where(future, -math.inf, 0.0))
+            return Mask(attn_bias=torch.where(future, -math.inf, 0.0)[queries])
     model = Prefix(build().cfg).eval()
     attn = model.attention_maps(hashed_images(1))[0, 0, 0]
     assert (attn[:4, :4] > 0).all() and (attn[:4, 4:] == 0).all()
@@ -269,6 +271,28 @@ def test_in_the_last_block_one_query_and_one_token_of_the_mlp_are_computed():
     assert set(shapes.values()) == {(3, 1)} and len(shapes) == 3
 
 
+@pytest.mark.parametrize("step", ["ps_cls", "modified", "soft_mask", "soft_log"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_copy_computes_what_the_model_does(step, alpha):
+    model, images = build(step, alpha=alpha if "soft" in step else None), hashed_images(2)
+    assert torch.equal(copy.deepcopy(model)(images), model(images))
+    average = AveragedModel(model)                       # a copy of the weights, and with each update of the buffers
+    if "soft" in step:
+        model.set_soft_mask(1 - alpha)
+    average.update_parameters(model)
+    torch.testing.assert_close(average(images), model(images), atol=1e-6, rtol=0)
+
+
+def test_what_gets_no_weight_decay_and_which_outputs_are_patches_is_said_once():
+    for cls_last in (False, True):
+        model = build("abs_pos", cls_last=cls_last)
+        exempt = model.no_weight_decay()
+        assert {name for name, p in model.named_parameters() if p.ndim in (2, 4)}.isdisjoint(exempt)
+        assert {name for name, p in model.named_parameters() if p.ndim in (1, 3)} == exempt
+        tokens = torch.arange(17)
+        assert tokens[model.patches].tolist() == [t for t in range(17) if t != tokens[model.cls]]
+
+
 @every_step
 def test_attention_maps_times_values_are_the_forward_pass(step):
     model, images = build(step, alpha=0.3 if "soft" in step else None), hashed_images(2)
@@ -294,8 +318,9 @@ def test_every_step_trains_an_iteration_with_finite_gradients_everywhere(step):
     assert F.cross_entropy(model.eval()(images), labels) < before
 
 
-@pytest.mark.parametrize("step, alpha, maps", [("vit", None, 0), ("abs_pos", None, 0), ("soft_log", 0.0, 0), ("soft_mask", 0.5, 2)])
-def test_backward_keeps_one_attention_map_per_block_under_soft_and_else_none(step, alpha, maps):
+@pytest.mark.parametrize("step, alpha, maps", [("vit", None, 0), ("abs_pos", None, 0), ("soft_log", 0.0, 0),
+                                               ("soft_mask", 0.5, 4)])
+def test_backward_keeps_two_attention_maps_per_block_under_soft_and_else_none(step, alpha, maps):
     net, saved = build(step, alpha, depth=3).train(), {}
 
     def keep(tensor):
@@ -308,7 +333,7 @@ def test_backward_keeps_one_attention_map_per_block_under_soft_and_else_none(ste
     loss.backward()
 
 
-@pytest.mark.parametrize("fields", [dict(step="abs_pos"), dict(mask="soft_log"), dict(step="vit")])
+@pytest.mark.parametrize("fields", [dict(step="abs_pos"), dict(step="vit")])
 def test_without_a_soft_mask_there_is_no_table_of_all_pairs(fields):
     net = VisionTransformer(config("nano", depth=1, img_size=2048, patch_size=16, **fields))       # 16,385 tokens
     assert net.mask() == Mask(is_causal=fields != dict(step="vit"))
@@ -349,7 +374,7 @@ def test_it_compiles_in_one_graph_and_not_again_when_alpha_changes(step):
             model.set_soft_mask(alpha)
         images = hashed_images(2)
         torch.testing.assert_close(compiled(images), model(images), atol=1e-6, rtol=0)
-    assert len(graphs) == (2 if step == "soft_log" else 1)                   # whose mask is exactly causal in the end
+    assert len(graphs) == 1
 
 
 @every_step
@@ -389,14 +414,14 @@ def test_saved_and_loaded_weights_give_equal_logits(step, tmp_path):
 @pytest.mark.parametrize("cls_last", [False, True])
 def test_positions_resize_from_224_to_384_with_the_class_token_kept_bit_for_bit(cls_last):
     pos = hashed((1, 197, 8), 1)
-    new, cls = resize_positions(pos, 577, cls_last), -1 if cls_last else 0
+    cls, patches = (-1, slice(0, -1)) if cls_last else (0, slice(1, None))
+    new = resize_positions(pos, patches, 24)
     assert new.shape == (1, 577, 8) and torch.equal(new[:, cls], pos[:, cls])
     flat = torch.ones(1, 197, 8)
-    torch.testing.assert_close(resize_positions(flat, 577, cls_last), torch.ones(1, 577, 8))
+    torch.testing.assert_close(resize_positions(flat, patches, 24), torch.ones(1, 577, 8))
     ramp = torch.arange(196.).view(1, 196, 1)               # grows to the right and downwards: still does
     ramp = torch.cat([ramp, flat[:, :1, :1]] if cls_last else [flat[:, :1, :1], ramp], dim=1)
-    grid = resize_positions(ramp, 577, cls_last)[0, :, 0]
-    grid = (grid[:-1] if cls_last else grid[1:]).view(24, 24)
+    grid = resize_positions(ramp, patches, 24)[0, patches, 0].view(24, 24)
     assert (grid.diff(dim=0) > 0).all() and (grid[:, 2:-2].diff(dim=1) > 0).all()
 
 
@@ -406,7 +431,7 @@ def test_weights_of_another_resolution_load_and_the_same_size_changes_nothing():
     larger = VisionTransformer(config("nano", depth=2, img_size=64, patch_size=8, num_classes=10))
     assert load_weights(larger, model.state_dict()) == ["learned positions resized from 16 to 64 patches"]
     assert torch.equal(larger.pos_embed[:, -1], model.pos_embed[:, -1])
-    same = resize_positions(model.pos_embed, 17, cls_last=True)
+    same = resize_positions(model.pos_embed, model.patches, 4)
     torch.testing.assert_close(same, model.pos_embed, atol=1e-6, rtol=0)
 
 
@@ -446,7 +471,7 @@ def test_names_from_ddp_and_compile_are_understood():
     (lambda: Config(width=9, rope=True), "RoPE rotates pairs of channels; width 9 / heads 3 is odd"),
     (lambda: Config(mask="hard"), "unknown mask 'hard'; choose one of none, causal, modified, soft, soft_log"),
     (lambda: build()(hashed_images(2, 64)), r"images are \(2, 3, 64, 64\); this model takes \(B, 3, 32, 32\)"),
-    (lambda: build("causal").set_soft_mask(0.5), "mask 'causal' has no alpha to set"),
+    (lambda: build("causal").set_soft_mask(0.5), "mask 'causal' has no alpha"),
     (lambda: build().set_soft_mask(1.5), "alpha is 1.5; it must be between 0 and 1"),
     (lambda: load_weights(build(), "nowhere.pt"), "no checkpoint at nowhere.pt"),
     (lambda: load_weights(build("rope"), build("abs_pos").state_dict()), 'Unexpected key.s. in state_dict: "pos_embed"'),

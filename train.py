@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DATASETS, Images, erase, eval_batches, eval_transform, loader, mix, normalize, open_data, seed_of,
+from data import (OPENERS, Images, erase, eval_batches, eval_transform, loader, mix, normalize, open_data, seed_of,
                   train_batches, train_transform)
 from eval import evaluate
 from harness.checkpoint import build, load_weights
@@ -162,13 +162,14 @@ def images_of(run, recipe, train, val):
 
 
 def make_optimizer(model, recipe):
-    """AdamW of what trains; no weight decay on norms, biases, positions and class token."""
-    decay, no_decay = [], []
+    """AdamW of what trains, without weight decay where the model says so."""
+    decay, no_decay, exempt = [], [], model.no_weight_decay()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            group = no_decay if p.ndim == 1 or name in ("pos_embed", "cls_token") else decay
+            group = no_decay if name in exempt else decay
             group.append(p)
-    groups = [dict(params=decay, weight_decay=recipe.weight_decay), dict(params=no_decay, weight_decay=0.0)]
+    groups = [dict(params=decay, weight_decay=recipe.weight_decay),
+              dict(params=no_decay, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
@@ -194,7 +195,7 @@ def parse(argv=None):
 def default_recipe(run):
     """small-data; for 1,000 class folders that of the size, which is for soft_mask, and basic for the other steps."""
     train = Path(run.data, "train")
-    if run.data in DATASETS or not train.is_dir() or len(class_folders(train)) != 1000:
+    if run.data in OPENERS or not train.is_dir() or len(class_folders(train)) != 1000:
         return "small-data"
     require(not run.init_from, "--init-from on 1,000 classes needs a --recipe: one for fine-tuning "
             f"({', '.join(TUNING)}), or another one and its epochs from scratch")
@@ -207,7 +208,7 @@ def default_recipe(run):
 def resolve(given, checkpoint):
     """Flags and the checkpoint to resume -> (Run, Recipe, Config), but for the number of classes, which the data
     determine. InputError for what does not fit together."""
-    given = with_saved(given, checkpoint, DATASETS)
+    given = with_saved(given, checkpoint, OPENERS)
     run = Run(**pick(Run, given))
     run = replace(run, recipe=run.recipe or default_recipe(run))
     require(run.recipe in RECIPES, f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
@@ -262,8 +263,8 @@ def print_row(row):
 
 
 @report_errors()
-def main(argv=None, open_data=open_data, architecture=VisionTransformer):
-    """Train. Experiments may replace how data are opened, and the class of the model."""
+def main(argv=None, architecture=VisionTransformer):
+    """Train. Experiments may replace the class of the model."""
     started = time.perf_counter()
 
     # Flags, and the run to resume

@@ -19,7 +19,7 @@ from eval import most_likely, open_model
 from harness.files import read_image
 from harness.flags import Parser, require
 from harness.processes import report_errors
-from model import VisionTransformer
+from model import Mask, VisionTransformer
 
 
 class Reader:
@@ -32,8 +32,9 @@ class Reader:
     InputError if the model's mask is not exactly causal, its class token not last, or a row is not there.
     """
     def __init__(self, model):
-        require(model.is_causal and model.cfg.cls_last, "reading row by row needs a class token at the end and an "
-                f"exactly causal mask, not {model.cfg.mask!r}: use a model with mask causal, or soft_log at alpha 0")
+        require(model.exactly_causal and model.cfg.cls_last, "reading row by row needs a class token "
+                f"at the end and an exactly causal mask, not {model.cfg.mask!r}: use a model with "
+                "mask causal, or soft_log at alpha 0")
         self.model, self.count = model, 0                            # patches read
         self.cache = [()] * len(model.blocks)                        # for each block keys and values, (B, h, count, d)
 
@@ -79,20 +80,24 @@ def on_rows(model, images, rows):
     """Logits of the model run on the first rows of patches alone, whatever its mask: (B, 3, H, W) -> (B, classes)."""
     cfg = model.cfg
     require(1 <= rows <= cfg.grid, f"there is no row {rows}: this model's images have rows 1 to {cfg.grid}")
-    keep = list(range(rows * cfg.grid + 1))                          # the class token and the first patches
-    if cfg.cls_last:
-        keep[-1] = cfg.tokens - 1
-    x, rope, mask = model.embed(images)[:, keep], model.rope, model.mask()
+    tokens = list(range(cfg.tokens))
+    left_out = tokens[model.patches][rows * cfg.grid:]
+    keep = [token for token in tokens if token not in left_out]
+    x, rope = model.embed(images)[:, keep], model.rope
     if rope is not None:
         rope = rope[:, keep]
-    if mask.attn_bias is not None:
-        mask = mask._replace(attn_bias=mask.attn_bias[keep][:, keep])
-    if mask.attn_scale is not None:
-        mask = mask._replace(attn_scale=mask.attn_scale[keep][:, keep])
+    mask = columns(model.mask(keep), keep)
     for block in model.blocks[:-1]:
         x = block(x, rope, mask)
-    x = model.blocks[-1](x, rope, mask.of_class_token(cfg.cls_last), model.cls)
+    x = model.blocks[-1](x, rope, columns(model.mask(model.cls), keep), model.cls)
     return model.head(model.norm(x))[:, 0]
+
+
+def columns(mask, keys):
+    """A mask's tables for some of the keys."""
+    bias, scale = mask.attn_bias, mask.attn_scale
+    return Mask(attn_bias=None if bias is None else bias[:, keys],
+                attn_scale=None if scale is None else scale[:, keys])
 
 
 class PrefixTransformer(VisionTransformer):

@@ -21,8 +21,8 @@ from harness.processes import report_errors
 @torch.no_grad()
 def class_token_attention(model, images):
     """What the class token attends to among the patches, mean over heads: normalized (B, 3, H, W) -> (depth, B, P)."""
-    maps = model.attention_maps(images).mean(2)[:, :, model.cls].squeeze(2)                  # depth, B, N
-    return maps[..., :-1] if model.cfg.cls_last else maps[..., 1:]
+    maps = model.attention_maps(images).mean(2)                      # depth, B, N, N
+    return maps[:, :, model.cls, model.patches].squeeze(2)
 
 
 def draw_attention(model, pixels, path):

@@ -36,8 +36,8 @@ def to_llama(model):
     require(cfg.swiglu and cfg.rmsnorm and cfg.rope, "a LLaMA has SwiGLU, RMSNorm and RoPE: use a run of --step rope "
             "or a later one")
     why = "; under `soft` later keys stay in the softmax's denominator, even at alpha 0" if cfg.mask == "soft" else ""
-    require(model.is_causal, f"a LLaMA's mask hides the future exactly, {cfg.mask!r} does not: use a run with mask "
-            f"causal, or soft_log at alpha 0{why}")
+    require(model.exactly_causal, f"a LLaMA's mask hides the future exactly, {cfg.mask!r} does not: "
+            f"use a run with mask causal, or soft_log at alpha 0{why}")
     llama = LlamaModel(LlamaConfig(
         hidden_size=cfg.width, intermediate_size=model.blocks[0].mlp.fc1.out_features, num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads, attention_bias=True, rms_norm_eps=1e-6, max_position_embeddings=cfg.tokens,

@@ -112,8 +112,8 @@ class Segmenter(nn.Module):
         for i, block in enumerate(model.blocks):
             x = block(x, model.rope, mask)                                       # B, N, D
             if i in self.taps:
-                patches = x[:, :-1] if model.cfg.cls_last else x[:, 1:]
-                maps[i] = model.norm(patches).transpose(1, 2).unflatten(2, (grid, grid))
+                patches = model.norm(x[:, model.patches])                        # B, P, D
+                maps[i] = patches.transpose(1, 2).unflatten(2, (grid, grid))
         return [maps[i] for i in self.taps]
 
     def forward(self, images):

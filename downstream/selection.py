@@ -100,7 +100,7 @@ def select_weights(model, source, rule):
             fresh = ["head.weight", "head.bias"]
         pos = larger.get("pos_embed")
         if pos is not None and cfg.abs_pos and pos.shape[1] != cfg.tokens:
-            larger["pos_embed"] = resize_positions(pos, cfg.tokens, cfg.cls_last)
+            larger["pos_embed"] = resize_positions(pos, model.patches, cfg.grid)
     else:
         require(cfg.swiglu and cfg.rmsnorm, f"{source} has SwiGLU and RMSNorm: use --step rmsnorm or a later one")
         larger, heads = read_llama(Path(source), cfg.depth)

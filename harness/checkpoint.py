@@ -182,10 +182,11 @@ def load_weights(model, source, new_head=False, classes=None):
     state, own, notes = weights_of(source), model.state_dict(), []
 
     # Positions
-    pos, tokens = state.get("pos_embed"), model.cfg.tokens
-    if pos is not None and model.cfg.abs_pos and pos.shape[1] != tokens:
-        state["pos_embed"] = resize_positions(pos, tokens, model.cfg.cls_last)
-        notes.append(f"learned positions resized from {pos.shape[1] - 1} to {tokens - 1} patches")
+    pos, grid = state.get("pos_embed"), model.cfg.grid
+    if pos is not None and model.cfg.abs_pos and pos.shape[1] != model.cfg.tokens:
+        state["pos_embed"] = resize_positions(pos, model.patches, grid)
+        notes.append(f"learned positions resized from {pos[:, model.patches].shape[1]} to "
+                     f"{grid ** 2} patches")
 
     # What no weight's shape tells
     before = source.get("config", {})
@@ -210,18 +211,16 @@ def load_weights(model, source, new_head=False, classes=None):
     return notes
 
 
-def resize_positions(pos, tokens, cls_last):
-    """Bicubic resize of the patches' positions, (1, P + 1, D) -> (1, tokens, D); the class token's
-    is kept as it is."""
-    old, new = math.isqrt(pos.shape[1] - 1), math.isqrt(tokens - 1)
-    require(old ** 2 + 1 == pos.shape[1],
-            f"pos_embed has {pos.shape[1]} rows, which is no square grid of patches and a class "
-            "token")
-    grid, cls = (pos[:, :-1], pos[:, -1:]) if cls_last else (pos[:, 1:], pos[:, :1])
-    grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)         # 1, D, old, old
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    grid = grid.flatten(2).transpose(1, 2)                           # 1, P, D
-    return torch.cat([grid, cls] if cls_last else [cls, grid], dim=1)
+def resize_positions(pos, patches, grid):
+    """Bicubic resize of learned positions (1, N, D): those of the patches, a slice of the sequence,
+    to grid x grid; the class token's is kept as it is."""
+    first, end, _ = patches.indices(pos.shape[1])
+    old = math.isqrt(end - first)
+    require(old ** 2 == end - first, f"pos_embed has {pos.shape[1]} rows, which is no square grid "
+            "of patches and a class token")
+    maps = pos[:, patches].unflatten(1, (old, old)).permute(0, 3, 1, 2)          # 1, D, old, old
+    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([pos[:, :first], maps.flatten(2).transpose(1, 2), pos[:, end:]], dim=1)
 
 
 def load_optimizer(optimizer, state, source):

@@ -50,8 +50,8 @@ def add_eval_flags(parser):
     """The flags that programs share which evaluate a model."""
     parser.add_argument("--data", type=nonempty,
                         help="a data set or a folder with val/CLASS/IMAGE; default: the run's")
-    parser.add_argument("--soft-mask", type=float,
-                        help="alpha for the checkpoint's, from 1 (bidirectional) to 0")
+    parser.add_argument("--alpha", type=float,
+                        help="of the soft mask, for the checkpoint's: from 1 (bidirectional) to 0")
     parser.add_argument("--batch-size", type=int, default=256, help="batch size (per rank)")
     parser.add_argument("--workers", type=int, default=default_workers(),
                         help="data-loading workers per rank")

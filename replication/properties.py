@@ -386,7 +386,7 @@ def open_subjects(args):
     """All of them, so that what is wrong with one is reported before anything is measured."""
     device, subjects = one_process(args.device), []
     for path in args.checkpoints:
-        model, checkpoint = open_model(path, device, args.soft_mask)
+        model, checkpoint = open_model(path, device, args.alpha)
         val = open_val(path, checkpoint, model, args.data)
         subjects.append(Subject(path, checkpoint, model, val, device, args))
     return subjects

@@ -98,10 +98,9 @@ class QuantizedAttention(NormalizedAttention):
 
     def forward(self, x, rope, mask, queries=slice(None)):
         q, k, v = self.qkv_heads(x, rope)
-        q, attn_bias = q[:, :, queries], mask.attn_bias
-        if mask.is_causal:
-            attn_bias = torch.full((q.shape[2], k.shape[2]), -math.inf, device=q.device).triu(1)
-        attn = attention_weights(q, k, attn_bias) * (1 if mask.attn_scale is None else mask.attn_scale)  # B, h, M, N
+        attn = attention_weights(q[:, :, queries], k, mask.attn_bias)            # B, h, M, N
+        if mask.attn_scale is not None:
+            attn = attn * mask.attn_scale
         return self.proj((self.quantize_attn(attn) @ v).transpose(1, 2).flatten(2))
 
 
@@ -123,6 +122,9 @@ class QuantizedTransformer(VisionTransformer):
                 setattr(block.mlp, name, QuantizedLinear(layer))
         with torch.no_grad():
             self(torch.randn(8, 3, cfg.img_size, cfg.img_size))      # sets the step sizes
+
+    def mask(self, queries=slice(None)):
+        return super().mask(queries)                                 # with its table, under `causal`, too
 
 
 PROGRAMS = {"train": (QuantizedTransformer, 8), "control": (NormalizedTransformer, 32)}     # the model and its bits

@@ -2,23 +2,26 @@
 
     python -m replication.transfer --data cifar10      # all runs; stopped and started again, it continues
     python -m replication.transfer --data cifar10 --pretrain-data shapes --epochs 6      # as the paper, in small
-    python -m replication.transfer train --data cifar10:rest-5-0 --step soft_mask     # train.py on one part of the data
+    python -m replication.transfer train --data cifar10:rest-5-0 --out out/a      # train.py on one part of the data
+    python -m replication.transfer eval out/a --data cifar10:rest-5-0             # eval.py on it
 
 The first half of a data set's classes is for pretraining; on parts of the other half a model is trained from scratch,
-fine-tuned, and probed linearly. eval.py does not know parts: the accuracy of a run is in its metrics.jsonl.
+fine-tuned, and probed linearly.
 With --pretrain-data it is another experiment, near the paper's: size T pretrained on other data, then fine-tuned on all
 images of that half by the paper's recipe with fewer epochs, with and without the soft mask.
 """
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
+import eval as evaluation
 import train
-from data import open_data
+from data import OPENERS, open_data
 from harness.files import ImageFolder
 from harness.flags import nonempty, require
 from harness.processes import report_errors
@@ -61,16 +64,19 @@ class Part(Dataset):
         return image, self.classes.index(self.source.classes[label])
 
 
-def open_part(name, split, img_size, classes=None):
-    """NAME:first, the first half of the classes of a data set, or NAME:rest-PERCENT-SEED, the others; a percentage
-    counts in training alone. Which classes these are follows from the name, not from `classes`."""
-    part = re.fullmatch(r"(.+):(first|rest-(\d+)-(\d+))", name)
-    require(part, f"--data {name} is no part of a data set: give NAME:first or NAME:rest-PERCENT-SEED")
-    source = open_data(part[1], split, img_size)
+PART = r"(.+):(first|rest-(\d+)-(\d+))"
+
+
+def open_part(name, split, img_size):
+    """NAME:first, the first half of the classes of a data set, or NAME:rest-PERCENT-SEED, the
+    others; a percentage counts in training alone."""
+    data, part, percent, seed = re.fullmatch(PART, name).groups()
+    source = open_data(data, split, img_size)
     half = len(source.classes) // 2
-    if part[2] == "first":
+    if part == "first":
         return Part(source, list(source.classes[:half]))
-    return Part(source, list(source.classes[half:]), int(part[3]) if split == "train" else 100, int(part[4]))
+    percent = int(percent) if split == "train" else 100
+    return Part(source, list(source.classes[half:]), percent, int(seed))
 
 
 def runs(args):
@@ -123,13 +129,15 @@ def tiny_runs(args):
 @report_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        return train.main(argv[1:], open_data=open_part)
+    if argv[:1] in (["train"], ["eval"]):
+        parts = [word for word in argv if re.fullmatch(PART, word)]
+        OPENERS.update({name: partial(open_part, name) for name in parts})
+        return (train if argv[0] == "train" else evaluation).main(argv[1:])
     parser = parser_of_runs("transfer", __doc__)
     parser.add_argument("--pretrain-epochs", type=int, default=5)
     parser.add_argument("--pretrain-data", type=nonempty, help="shapes, cifar100 ...: size T, as in the paper")
     args = parse_runs(parser, argv)
-    part = open_part(f"{args.data}:first", "train", 32)
+    part = open_part(f"{args.data}:first", "train", 32)              # downloaded here, once
     require(len(part.classes) > 1, f"--data {args.data} has fewer than four classes: use data with two for each half")
     if args.pretrain_data:
         require(args.epochs % 6 == 0, f"--epochs {args.epochs} with --pretrain-data: give a multiple of 6, for warm-up "

@@ -100,7 +100,7 @@ def test_alpha_is_the_checkpoints_unless_it_is_given(photos, finished, tmp_path,
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     torch.save(checkpoint | dict(alpha=0.75), tmp_path / "soft.pt")
     losses = []
-    for alpha, flags in ((0.75, []), (0.25, ["--soft-mask", "0.25"])):
+    for alpha, flags in ((0.75, []), (0.25, ["--alpha", "0.25"])):
         result = json.loads(printed([tmp_path / "soft.pt", "--json", *flags], capsys))
         logits, labels = by_hand(photos, finished / "best.pt", alpha)
         assert result["alpha"] == alpha and result["test_loss"] not in losses
@@ -214,7 +214,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys):
     (["--data", "shapes"], "shapes has the classes circle, ring, crescent, bar, triangle and 5 more, but the model"),
     (["--image", ""], "argument --image: it is empty: give a value, or drop the flag"),
     (["--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
-    (["--soft-mask", "2"], "--soft-mask is 2.0; it must be from 0 to 1"),
+    (["--alpha", "2"], "--alpha is 2.0; it must be from 0 to 1"),
     (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["--image", "a.png", "--data", "shapes"], "--image classifies one image alone: drop it, or --data"),
 ])
@@ -233,8 +233,8 @@ def test_an_unreadable_image_is_one_sentence(workers, photos, finished, tmp_path
 def test_a_soft_mask_for_a_model_without_one_is_refused(finished, tmp_path, capsys):
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     torch.save(checkpoint | dict(alpha=None, config=checkpoint["config"] | dict(mask="causal")), tmp_path / "causal.pt")
-    said = refused(evaluation, [tmp_path / "causal.pt", "--soft-mask", "0"], capsys)
-    assert "--soft-mask needs a soft mask, but the mask of" in said and "is 'causal': drop it" in said
+    said = refused(evaluation, [tmp_path / "causal.pt", "--alpha", "0"], capsys)
+    assert "--alpha needs a soft mask, but the mask of" in said and "is 'causal': drop it" in said
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 import train
 from conftest import SMALL, refused
 from downstream import llama
+from model import VisionTransformer
 from test_model import build, hashed_images
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -30,13 +31,12 @@ def test_with_the_class_token_first_it_is_a_llama_too_which_is_blind():
     assert (logits - logits[:1]).abs().max() < 1e-6
 
 
-def test_under_the_published_soft_mask_it_is_not_a_llama_even_at_alpha_0():
+def test_under_the_published_soft_mask_it_is_not_a_llama_even_at_alpha_0(monkeypatch):
     model, images = build("soft_mask", 0.0), hashed_images(3)
     with pytest.raises(ValueError, match="under `soft` later keys stay in the softmax's denominator, even at alpha 0"):
         llama.to_llama(model)
-    model.is_causal = True                               # taken for one all the same
+    monkeypatch.setattr(VisionTransformer, "exactly_causal", True)           # taken for one all the same
     theirs = llama.to_llama(model)
-    model.is_causal = False
     with torch.no_grad():
         assert (llama.logits_of(theirs, model, images) - model(images)).abs().max() > 0.05
 

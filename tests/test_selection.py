@@ -206,7 +206,7 @@ def test_what_is_not_selected_is_drawn_from_the_seed(tmp_path):
 def test_positions_are_resized_before_they_are_selected(larger, tmp_path):
     pos = make_small(tmp_path, "--img-size", 32)["model"]["pos_embed"]
     assert pos.shape == (1, 17, 128)
-    torch.testing.assert_close(pos, resize_positions(larger.pos_embed, 17, cls_last=True)[..., places(192, 128)])
+    torch.testing.assert_close(pos, resize_positions(larger.pos_embed, larger.patches, 4)[..., places(192, 128)])
 
 
 def trained(photos, tmp_path):

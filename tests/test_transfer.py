@@ -9,9 +9,18 @@ import pytest
 
 import train
 from conftest import SMALL, load, refused
-from data import open_data
+from data import OPENERS, open_data
 from replication import transfer
 from replication.transfer import Part, open_part
+
+
+@pytest.fixture(autouse=True)
+def openers():
+    """No test leaves a part among the data sets."""
+    known = dict(OPENERS)
+    yield
+    OPENERS.clear()
+    OPENERS.update(known)
 
 
 def test_the_halves_share_no_class_and_number_their_own_from_0(animals):
@@ -82,7 +91,12 @@ def test_size_t_is_fine_tuned_by_the_papers_protocol_but_for_resolution_epochs_a
         assert cfg == resolved(rest[f"fine-tuning-{row['step']}-0"][0])[2]
 
 
-def test_size_t_is_pretrained_and_fine_tuned(photos, animals, monkeypatch, tmp_path):
+def found_epoch(run):
+    """Of best.pt."""
+    return load(run / "best.pt")["epoch"] - 1
+
+
+def test_size_t_is_pretrained_and_fine_tuned(photos, animals, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(transfer, "TINY", " ".join(SMALL))
     monkeypatch.setattr(transfer, "TUNING", "--recipe transfer --img-size 16 --batch-size 16")
     with pytest.raises(SystemExit) as end:
@@ -95,6 +109,14 @@ def test_size_t_is_pretrained_and_fine_tuned(photos, animals, monkeypatch, tmp_p
         ("rmsnorm", "fine-tuning", str(animals)): 1, ("soft_mask", "fine-tuning", str(animals)): 1,
         ("soft_mask", "fine-tuning-0", str(animals)): 1}
 
+    # A run on a part is evaluated on that part
+    part, run = f"{animals}:rest-100-0", tmp_path / "fine-tuning-rmsnorm-0"
+    transfer.main(["eval", str(run), "--data", part, "--workers", "0", "--device", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["images"] == 16
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[found_epoch(run)])
+    assert found["test_acc1"] == row["test_acc1"]
+
 
 def test_bad_input_is_refused(photos, animals, capsys):
     assert "fewer than four classes" in refused(transfer, ["--data", photos], capsys)
@@ -104,4 +126,4 @@ def test_bad_input_is_refused(photos, animals, capsys):
     assert "have no parts: use cifar10" in refused(transfer, ["--data", "shapes"], capsys)
     assert "have no parts: use cifar10" in refused(transfer, ["train", *SMALL, "--data", "shapes:first"], capsys)
     flags = ["train", *SMALL, "--data", f"{photos}:half"]
-    assert "is no part of a data set: give NAME:first" in refused(transfer, flags, capsys)
+    assert f"{photos}:half is neither one of shapes" in refused(transfer, flags, capsys)
