@@ -1,7 +1,8 @@
 """A vision transformer that becomes a LLaMA decoder, one flag at a time.
 
-`Config()` is ViT [1] as DeiT [2] trains it. Each of the `STEPS` changes one thing, and the last one is iLLaMA [3]: the
-decoder block of LLaMA [4] reading image patches. Weights carry the names of the published checkpoints.
+`Config()` is ViT [1] as DeiT [2] trains it. Each of the `STEPS` changes one thing, and the last one
+is iLLaMA [3]: the decoder block of LLaMA [4] reading image patches. Weights carry the names of the
+published checkpoints.
 
     model = VisionTransformer(config("tiny"))                  # iLLaMA-T/16, the last step
     model = VisionTransformer(config("tiny", step="vit"))      # ViT-T/16, the first
@@ -9,7 +10,8 @@ decoder block of LLaMA [4] reading image patches. Weights carry the names of the
 
 `python model.py` prints the steps and sizes. Files of weights are read in harness/checkpoint.py.
 
-Symbols in shape comments: B images, P patches, N = P + 1 tokens, D width, h heads, d = D / h, M queries.
+Symbols in shape comments: B images, P patches, N = P + 1 tokens, M of them as queries, D width,
+h heads, d = D / h.
 
 [1] ViT, arXiv 2010.11929       [2] DeiT, arXiv 2012.12877       [3] iLLaMA, arXiv 2404.06773
 [4] LLaMA, arXiv 2302.13971     [5] SwiGLU, arXiv 2002.05202     [6] RMSNorm, arXiv 1910.07467
@@ -29,14 +31,14 @@ MASKS = ("none", "causal", "modified", "soft", "soft_log")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a model. The defaults are ViT-T/16 for ImageNet; for the rest see SIZES and STEPS."""
+    """Everything that defines a model. The defaults are ViT-T/16 for ImageNet."""
     img_size: int = 224       # resolution of the square input, pixels
     patch_size: int = 16      # side of a patch, pixels; img_size is a multiple of it
     num_classes: int = 1000   # outputs of the head
     width: int = 192          # channels of a token, D
     depth: int = 12           # blocks
     heads: int = 3            # attention heads; D / heads channels each, 64 in all published sizes
-    drop_path: float = 0.0    # stochastic depth [8]: probability in the last block, falling linearly to 0 in the first
+    drop_path: float = 0.0    # stochastic depth [8] of the last block; the first has 0
     # What the steps change, in their order:
     swiglu: bool = False      # MLP gated by a SiLU [5], without biases, in place of GELU
     rmsnorm: bool = False     # RMSNorm [6] in place of LayerNorm
@@ -47,11 +49,12 @@ class Config:
 
     def __post_init__(self):
         if self.img_size % self.patch_size:
-            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size "
+                             f"{self.patch_size}: change one of them")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one of them")
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}: change one")
         if self.rope and self.width // self.heads % 2:
-            raise ValueError(f"RoPE rotates pairs of channels; width {self.width} / heads {self.heads} is odd: change one")
+            raise ValueError(f"RoPE: width {self.width} / heads {self.heads} must be even")
         if self.mask not in MASKS:
             raise ValueError(f"unknown mask {self.mask!r}; choose one of {', '.join(MASKS)}")
 
@@ -71,7 +74,7 @@ class Config:
         return self.mask in ("soft", "soft_log")
 
 
-SIZES = {  # the published widths, depths and heads; nano has no published weights, and its SwiGLU is 4 D wide
+SIZES = {  # the published ones; nano has no published weights, and its SwiGLU is 4 D wide
     "nano": dict(width=128, depth=12, heads=2),
     "tiny": dict(width=192, depth=12, heads=3),
     "small": dict(width=384, depth=12, heads=6),
@@ -83,16 +86,16 @@ STEPS = {  # what each step changes against the one before
     "vit": dict(),
     "swiglu": dict(swiglu=True),
     "rmsnorm": dict(rmsnorm=True),
-    "causal": dict(mask="causal"),                # collapses: the class token comes first and attends to itself alone
-    "ps_cls": dict(cls_last=True),                # the cure: the class token comes last and attends to every patch
+    "causal": dict(mask="causal"),          # collapse: the class token, first, attends to itself
+    "ps_cls": dict(cls_last=True),          # the cure: it comes last and attends to every patch
     "rope": dict(rope=True, abs_pos=False),
-    "abs_pos": dict(abs_pos=True),                # learned and rotary positions together
-    "soft_mask": dict(mask="soft"),               # iLLaMA: bidirectional at first, causal later (see set_soft_mask)
+    "abs_pos": dict(abs_pos=True),          # learned and rotary positions together
+    "soft_mask": dict(mask="soft"),         # iLLaMA: bidirectional at first, causal later
 }
 
 
 def config(size="tiny", step="soft_mask", **overrides):
-    """The Config of a size at a step, with all steps up to it applied; any field can be overridden."""
+    """The Config of a size with all steps up to one; any field can be overridden."""
     for kind, name, known in (("size", size, SIZES), ("step", step, STEPS)):
         if name not in known:
             raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
@@ -104,26 +107,25 @@ def config(size="tiny", step="soft_mask", **overrides):
 
 
 def norm(cfg):
-    """LayerNorm, (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, with the statistics of each token's channels; or
+    """LayerNorm, (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over each token's channels; or
     RMSNorm [6], x / sqrt(mean(x^2) + eps) * weight."""
     return (nn.RMSNorm if cfg.rmsnorm else nn.LayerNorm)(cfg.width, eps=1e-6)
 
 
 def rope_table(tokens, dim, theta=10000.0):
-    """(2, N, d): cos, and sin with rotate()'s signs, of the angle t * theta^(-2k/d) of token t and channel pair k [7].
-
-    t is the position in the sequence: patches in raster order over their 2-D grid, the class token like any other.
-    """
+    """(2, N, d): cos, and sin with rotate()'s signs, of the angle t * theta^(-2k/d) of token t and
+    channel pair k [7]. t counts along the sequence: patches in raster order, and class token."""
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)            # d/2
     angle = torch.outer(torch.arange(tokens), frequency)             # N, d/2
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)])
+    signed = torch.stack([-sin, sin], dim=-1).flatten(-2)            # N, d
+    return torch.stack([cos.repeat_interleave(2, dim=-1), signed])
 
 
 def rotate(x, table):
-    """Rotate each pair of adjacent channels of x (..., N, d) by its token's angle, as LLaMA does: then positions enter
-    the product of a query and a key only through their difference. In real numbers and float32, (a + ib)(cos + i sin)
-    is (a, b) * cos + (b, a) * (-sin, sin)."""
+    """Rotate each pair of adjacent channels of x (..., N, d) by its token's angle, as LLaMA does:
+    then positions enter the product of a query and a key only through their difference. In real
+    numbers and float32, (a + ib)(cos + i sin) is (a, b) * cos + (b, a) * (-sin, sin)."""
     cos, sin = table                                                 # N, d
     y = x.float()
     a, b = y.unflatten(-1, (-1, 2)).unbind(-1)                       # ..., N, d/2
@@ -142,7 +144,8 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """fc2(silu(fc1(x)) * fc3(x)) [5]: LLaMA's. Three matrices, so hidden is 8/3 D, rounded up to a multiple of 256."""
+    """fc2(silu(fc1(x)) * fc3(x)) [5]: LLaMA's. Three matrices, so hidden is 8/3 D, rounded up to a
+    multiple of 256."""
     def __init__(self, dim):
         super().__init__()
         hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
@@ -181,7 +184,8 @@ class Attention(nn.Module):
 
     def qkv_heads(self, x, rope):
         """x: (B, N, D) -> q, k and v: (B, h, N, d), q and k rotated."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # 3, B, h, N, d
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))         # B, N, 3, h, d
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each B, h, N, d
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
             v = v.contiguous()                       # a view would keep the unrotated q and k, too
@@ -200,14 +204,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each branch with stochastic depth in training [8]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), in training with stochastic depth [8]."""
     def __init__(self, cfg, drop_path):
         super().__init__()
         self.norm1 = norm(cfg)
         self.attn = Attention(cfg)
         self.norm2 = norm(cfg)
         self.mlp = SwiGLU(cfg.width) if cfg.swiglu else MLP(cfg.width)
-        self.drop_path = StochasticDepth(drop_path, mode="row")      # an independent draw for each sample and branch
+        self.drop_path = StochasticDepth(drop_path, mode="row")      # drawn by sample and branch
 
     def forward(self, x, rope, mask, queries=slice(None)):
         x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, mask, queries))
@@ -220,9 +224,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         patches = nn.Conv2d(3, cfg.width, kernel_size=cfg.patch_size, stride=cfg.patch_size)
-        self.patch_embed = nn.ModuleDict(dict(proj=patches))         # as the published weights name it
+        self.patch_embed = nn.ModuleDict(dict(proj=patches))         # its published name
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, cfg.tokens, cfg.width)) if cfg.abs_pos else None
+        pos_embed = torch.zeros(1, cfg.tokens, cfg.width)
+        self.pos_embed = nn.Parameter(pos_embed) if cfg.abs_pos else None
         rate = cfg.drop_path / max(1, cfg.depth - 1)
         self.blocks = nn.ModuleList(Block(cfg, i * rate) for i in range(cfg.depth))
         self.norm = norm(cfg)
@@ -265,10 +270,9 @@ class VisionTransformer(nn.Module):
     def mask(self, queries=None):
         """What the tokens of a slice attend to; by default all, and `causal` then has no table.
 
-        `soft` is the published mask: it scales the weights of later tokens after the softmax. Their
-        keys stay in its denominator, so even at alpha 0 a token's output depends on what comes
-        after it. `soft_log` scales exp(score) instead, by adding log(alpha): at alpha 0 that is
-        -inf, LLaMA's causal mask.
+        `soft`, the published mask, scales the weights of later tokens after the softmax. Their keys
+        stay in its denominator, so even at alpha 0 a token's output depends on later ones. Instead
+        `soft_log` adds log(alpha) to the scores: at alpha 0 that is -inf, LLaMA's causal mask.
         """
         mask = self.cfg.mask
         if mask == "none":
@@ -282,23 +286,23 @@ class VisionTransformer(nn.Module):
             return Mask(attn_scale=torch.where(future, self.alpha, 1.0))
         if mask == "soft_log":
             return Mask(attn_bias=torch.where(future, self.alpha.log(), 0.0))
-        if mask == "modified":                                       # the class token attends to all
+        if mask == "modified":           # causal, except that the class token attends to all
             future = future & (query != key[self.cls])
         return Mask(attn_bias=torch.where(future, -math.inf, 0.0))
 
     def embed(self, images):
-        """(B, 3, H, W) -> (B, N, D): patches and class token in their order, with learned positions."""
+        """(B, 3, H, W) -> (B, N, D): patches and class token, with learned positions."""
         size = self.cfg.img_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size}): resize them")
-        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)       # B, P, D, in raster order
+            raise ValueError(f"images {tuple(images.shape)} are not (B, 3, {size}, {size}): resize")
+        patches = self.patch_embed.proj(images)                      # B, D, H/patch, W/patch
+        patches = patches.flatten(2).transpose(1, 2)                 # B, P, D, in raster order
         cls = self.cls_token.expand(images.shape[0], -1, -1)         # B, 1, D
         x = torch.cat([patches, cls] if self.cfg.cls_last else [cls, patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def forward(self, images):
-        """Logits. Only the class token is read, so the last block computes it alone: computing the
-        others would be 6 % of the work."""
+        """Logits. Only the class token is read, so the last block computes no other (6 % less)."""
         x, mask = self.embed(images), self.mask()
         for block in self.blocks[:-1]:
             x = block(x, self.rope, mask)                            # B, N, D
@@ -313,7 +317,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def attention_maps(self, images):
-        """The maps as they multiply the values, (depth, B, heads, N, N): row i is what token i attends to."""
+        """As they multiply the values, (depth, B, h, N, N): row i is what token i attends to."""
         x, mask, maps = self.embed(images), self.mask(slice(None)), []           # with its table
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
@@ -323,7 +327,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_weights(module):
-    """DeiT's initialization: linear weights truncated normal, std 0.02, biases 0; the convolution keeps torch's."""
+    """DeiT's: linear weights truncated normal, std 0.02, biases 0; the convolution has torch's."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

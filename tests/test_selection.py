@@ -257,7 +257,7 @@ def test_what_cannot_be_selected_is_refused(photos, larger, tmp_path, capsys):
         ("larger.pt", ["--size", "small"], "the larger model has 192 and this one 384"),
         ("larger.pt", ["--width", 128, "--heads", 4, "--rule", "aligned"], "the larger model has 3 heads of 64 channels, this one 4 of 32"),
         ("larger.pt", ["--patch-size", 4], "has patch_size 8, this one 4"),
-        ("larger.pt", ["--heads", 3], "width 128 is not a multiple of heads 3"),
+        ("larger.pt", ["--heads", 3], "width 128 is no multiple of heads 3"),
         ("larger.pt", ["--depth", 0.5], "argument --depth: invalid int value"),
         ("larger.pt", ["--width", 0], "--width is 0; it must be at least 1"),
         ("llama", [], "holds neither *.safetensors nor *.bin"),

@@ -684,7 +684,7 @@ def test_several_ranks_share_the_next_free_folder_and_end_well(photos, monkeypat
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--size", "nano", "--width", "129"], "error: width 129 is not a multiple of heads 2; change one of them\n"),
+    (["--size", "nano", "--width", "129"], "error: width 129 is no multiple of heads 2: change one\n"),
     (["--batch-size", "7"], "error: --batch-size 7 is not a multiple of 2 ranks x --micro-batch 3; 6 is\n")])
 def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_path):
     code, _, errors = in_ranks(2, ROOT / "train.py", "--data", photos, "--out", tmp_path / "run", *SMALL, *flags)
@@ -704,7 +704,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
     (["--lr", "nan"], "--lr is nan; it must be at least 0"), (["--lr", "inf"], "--lr is inf; it must be at least 0"),
     (["--mixup", "1e308"], "--mixup is 1e+308; it must be at least 0"), (["--depth", "0"], "--depth is 0; it must be at least 1"),
-    (["--size", "nano", "--width", "6"], "RoPE rotates pairs of channels"),
+    (["--size", "nano", "--width", "6"], "RoPE: width 6 / heads 2 must be even"),
     (["--warmup-epochs", "3"], "--epochs 2 would end before --warmup-epochs 3: lower that, too"),
     (["--soft-mask-epochs", "3"], "--epochs 2 would end before --soft-mask-epochs 3: lower that, too"),
     (["--resume", ""], "argument --resume: it is empty: give a value, or drop the flag; --help lists the flags"),
