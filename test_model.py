@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from harness.checkpoint import load_weights, resize_positions
 from model import STEPS, Config, Mask, SwiGLU, VisionTransformer, config, norm, rope_table, rotate
 
+GOLDEN = json.loads(Path(__file__).with_name("tests").joinpath("golden.json").read_text())     # made by tests/golden.py
+
 # Every step, and the two masks beside them.
 CASES = {step: dict(step=step) for step in STEPS}
 CASES |= {"modified": dict(step="rmsnorm", mask="modified"), "soft_log": dict(step="soft_mask", mask="soft_log")}
@@ -63,7 +65,7 @@ def build(step="soft_mask", alpha=None, **fields):
 # The published models
 
 
-@pytest.mark.parametrize("case", json.loads(Path(__file__).with_name("tests").joinpath("golden.json").read_text()),
+@pytest.mark.parametrize("case", GOLDEN["cases"],
                          ids=lambda c: f"{c['size']}-{c.get('mask', c['step'])}-{c['img_size']}-{c.get('alpha', '')}")
 def test_logits_and_parameters_are_those_of_the_published_code(case):
     fields = {k: case[k] for k in ("size", "step", "mask", "img_size", "patch_size", "num_classes") if k in case}
