@@ -74,7 +74,7 @@ class Config:
         return self.mask in ("soft", "soft_log")
 
 
-SIZES = {  # the published ones; nano has no published weights, and its SwiGLU is 4 D wide
+SIZES = {  # the published ones; nano has no published weights
     "nano": dict(width=128, depth=12, heads=2),
     "tiny": dict(width=192, depth=12, heads=3),
     "small": dict(width=384, depth=12, heads=6),
@@ -214,8 +214,9 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")      # drawn by sample and branch
 
     def forward(self, x, rope, mask, queries=slice(None)):
-        x = x[:, queries] + self.drop_path(self.attn(self.norm1(x), rope, mask, queries))
-        return x + self.drop_path(self.mlp(self.norm2(x)))           # B, M, D
+        y = self.attn(self.norm1(x), rope, mask, queries)            # B, M, D
+        x = x[:, queries] + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -250,12 +251,12 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def no_weight_decay(self):
-        """Names of the parameters without weight decay: norms, biases, positions, class token."""
+        """Names of the parameters without weight decay: vectors (norms, biases) and tokens."""
         return {name for name, p in self.named_parameters()
                 if p.ndim == 1 or name in ("pos_embed", "cls_token")}
 
     def set_soft_mask(self, alpha):
-        """Attention to later tokens: in full at alpha 1, as the mask's final form hides it at 0."""
+        """How much attention later tokens get: all of it at alpha 1, at alpha 0 (as built) none."""
         if not self.cfg.soft:
             raise ValueError(f"mask {self.cfg.mask!r} has no alpha; use mask 'soft' or 'soft_log'")
         if not 0 <= alpha <= 1:
@@ -268,7 +269,8 @@ class VisionTransformer(nn.Module):
         return self.cfg.mask == "causal" or self.cfg.mask == "soft_log" and self.alpha.item() == 0
 
     def mask(self, queries=None):
-        """What the tokens of a slice attend to; by default all, and `causal` then has no table.
+        """What some tokens, a slice of the sequence, attend to. By default all tokens, for which
+        `causal` needs no table.
 
         `soft`, the published mask, scales the weights of later tokens after the softmax. Their keys
         stay in its denominator, so even at alpha 0 a token's output depends on later ones. Instead
@@ -280,7 +282,7 @@ class VisionTransformer(nn.Module):
         if mask == "causal" and queries is None:
             return Mask(is_causal=True)
         key = torch.arange(self.cfg.tokens, device=self.alpha.device)            # N
-        query = key[queries or slice(None), None]                                # M, 1
+        query = key[:, None] if queries is None else key[queries, None]          # M, 1
         future = key > query                                                     # M, N
         if mask == "soft":
             return Mask(attn_scale=torch.where(future, self.alpha, 1.0))
@@ -317,8 +319,8 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def attention_maps(self, images):
-        """As they multiply the values, (depth, B, h, N, N): row i is what token i attends to."""
-        x, mask, maps = self.embed(images), self.mask(slice(None)), []           # with its table
+        """The attention maps (depth, B, h, N, N) as they multiply the values; row i is query i."""
+        x, mask, maps = self.embed(images), self.mask(slice(None)), []           # always a table
         for block in self.blocks:
             q, k, _ = block.attn.qkv_heads(block.norm1(x), self.rope)
             maps.append(attention_weights(q, k, mask.attn_bias))

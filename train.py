@@ -208,7 +208,7 @@ def default_recipe(run):
 def resolve(given, checkpoint):
     """Flags and the checkpoint to resume -> (Run, Recipe, Config), but for the number of classes, which the data
     determine. InputError for what does not fit together."""
-    given = with_saved(given, checkpoint, OPENERS)
+    given = with_saved(given, checkpoint, Run, Recipe, OPENERS)
     run = Run(**pick(Run, given))
     run = replace(run, recipe=run.recipe or default_recipe(run))
     require(run.recipe in RECIPES, f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")

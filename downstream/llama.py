@@ -44,8 +44,11 @@ def to_llama(model):
         vocab_size=1, bos_token_id=None, eos_token_id=None))         # no words; RoPE's base is 10,000 by default
     weights = {"norm.weight": model.norm.weight, "embed_tokens.weight": torch.zeros(1, cfg.width)}
     ours = {theirs: name for theirs, name in LLAMA.items() if not theirs.startswith("self_attn.")}
+    attention = {f"attn.{name}.{kind}" for name in ("qkv", "proj") for kind in ("weight", "bias")}
     for i, block in enumerate(model.blocks):
         own, layer = block.state_dict(), f"layers.{i}"
+        others = sorted(own.keys() - attention - {*ours.values()})
+        require(not others, f"a LLaMA has no {', '.join(others)}: use a run without")
         weights |= {f"{layer}.{theirs}": own[name] for theirs, name in ours.items()}
         for kind in ("weight", "bias"):
             q, k, v = own[f"attn.qkv.{kind}"].chunk(3)

@@ -120,7 +120,7 @@ def parse(argv=None):
 
 def resolve(given, checkpoint):
     """Flags and the checkpoint to resume -> (Run, Recipe). InputError for what does not fit together."""
-    given = with_saved(given, checkpoint, ["scenes"])
+    given = with_saved(given, checkpoint, Run, Recipe, ["scenes"])
     run = Run(**pick(Run, given))
     require(run.recipe in RECIPES, f"unknown --recipe {run.recipe!r}; choose one of {', '.join(RECIPES)}")
     require(run.init_from or run.recipe != "ade20k",
@@ -147,7 +147,7 @@ def choose_backbone(run, recipe, given, checkpoint, classes):
         values = pick(Config, given) | crops | dict(patch_size=recipe.patch_size)
         return run, recipe, checked_config(config, size=run.size, step=run.step, **values), None
     source = once_per_node(open_checkpoint, run.init_from)
-    known = source["config"] | source["run"]
+    known = asdict(checked_config(Config, **source["config"])) | source["run"]
     for name in ["size", "step", *(field.name for field in fields(Config) if field.name not in crops)]:
         require(given.get(name, known[name]) == known[name], f"{flag(name, given.get(name))} does not fit the weights "
                 f"of --init-from {run.init_from}, with {flag(name, known[name])}: drop the flag, or --init-from")

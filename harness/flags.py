@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 
 from model import Config, config
 
@@ -168,14 +168,16 @@ def pick(cls, values):
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
-def with_saved(given, checkpoint, datasets):
+def with_saved(given, checkpoint, run, recipe, datasets):
     """The flags that were given, on top of those of the run to resume. InputError if they would
     change it: only --dtype may be another one, and --data a folder that has moved, so neither is
-    one of the built-in `datasets`."""
+    one of the built-in `datasets`. A field of the dataclasses `run`, `recipe` and Config that is
+    newer than the run had its default."""
     if checkpoint is None:
         return given
-    saved = checkpoint["run"] | checkpoint["recipe"] | checkpoint["config"]
-    changed = []
+    saved, changed = {}, []
+    for part, cls in dict(run=run, recipe=recipe, config=Config).items():
+        saved |= asdict(cls(**pick(cls, checkpoint[part])))
     for name, value in given.items():
         moved = name == "data" and not {value, saved[name]} & {*datasets}
         if name in saved and value != saved[name] and name != "dtype" and not moved:

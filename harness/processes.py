@@ -89,16 +89,9 @@ def join(rank, world, device):
 
 
 def shut_down():
-    """Leave the other ranks, once all have come here."""
+    """Leave the other ranks."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
-
-
-def abandon():
-    """Leave them at once, after an error. Gloo's threads could abort a Python that exits before
-    they do; NCCL's end by themselves, and might wait for other ranks here."""
-    if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
@@ -278,7 +271,9 @@ def report_errors():
             restore_signals()
             time.sleep(REPORT_AFTER)     # torchrun ends this rank, unless local rank 0 has no error
         print_line(f"error: {text}", sys.stderr)
-        abandon()
+        if dist.is_initialized():        # gloo's threads could abort a Python that ends before them
+            end_workers()
+            os._exit(2)
         sys.exit(2)
     finally:
         if not outer:

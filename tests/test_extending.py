@@ -170,20 +170,31 @@ def test_every_change_is_tested_and_short():
         assert len(changed) <= (40 if "Muon" in title else 25)
 
 
-@pytest.mark.parametrize("title", CHECKS)
-def test_it_applies_trains_resumes_and_does_what_it_says(title, photos, tmp_path):
-    if "Muon" in title and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
+def apply(diffs, folder):
+    """To a copy of the tracked programs, in a new folder."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if files.returncode:
         pytest.skip("this is no git repository")
     for file in files.stdout.splitlines():
         if file.endswith(".py") and (ROOT / file).exists():
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, tmp_path / file)
-    (tmp_path / "change.diff").write_text(DIFFS[title])
-    subprocess.run(["git", "apply", "change.diff"], cwd=tmp_path, check=True)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    for diff in diffs:
+        (folder / "change.diff").write_text(diff)
+        subprocess.run(["git", "apply", "change.diff"], cwd=folder, check=True)
+
+
+def test_all_of_them_apply_together(tmp_path):
+    apply(DIFFS.values(), tmp_path)
+    assert "registers" in (tmp_path / "model.py").read_text() and "qk_norm" in (tmp_path / "model.py").read_text()
+
+
+@pytest.mark.parametrize("title", CHECKS)
+def test_it_applies_trains_resumes_and_does_what_it_says(title, photos, tmp_path):
+    if "Muon" in title and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    apply([DIFFS[title]], tmp_path)
     (tmp_path / "check.py").write_text(TRAIN + CHECKS[title])
     command = [sys.executable, "check.py", *SMALL, "--data", photos]
-    done = subprocess.run(map(str, command), cwd=tmp_path, capture_output=True, text=True, env=environment() | {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run(map(str, command), cwd=tmp_path, capture_output=True, text=True, env=environment(PYTHONPATH=tmp_path))
     assert done.returncode == 0, done.stderr

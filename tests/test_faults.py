@@ -529,3 +529,13 @@ def test_one_unreadable_image_in_val_is_an_error_that_names_it(workers, photos, 
     run(data, tmp_path / "run", "--resume")
     run(photos, tmp_path / "alone")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+
+
+def test_a_field_that_is_newer_than_the_run_had_its_default(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = load(finished / "last.pt")
+    for part, name in (("config", "rope"), ("recipe", "flip")):              # as if the run were older than these
+        checkpoint[part] = {field: value for field, value in checkpoint[part].items() if field != name}
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    assert "here is --no-flip, not --flip" in refused(train, ["--resume", tmp_path / "run", "--no-flip"], capsys)
+    assert "here is --rope, not --no-rope" in refused(train, ["--resume", tmp_path / "run", "--rope"], capsys)
