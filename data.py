@@ -103,12 +103,14 @@ def fit(image, size, crop=None):
     return TF.center_crop(TF.resize(image, size, InterpolationMode.BICUBIC), crop or size)
 
 
-def eval_transform(image, rng, size):
-    """The published evaluation: up to 32 pixels the central square, below 384 its central 7/8; from 384 on the whole
-    image, squeezed to a square."""
-    if size <= 32:
+def eval_transform(image, rng, size, trained=None):
+    """The published evaluation of a model that was trained at a resolution, by default `size`: up
+    to 32 pixels the central square, below 384 its central 7/8; from 384 on the whole image,
+    squeezed to a square."""
+    trained = trained or size
+    if trained <= 32:
         return fit(image, size)
-    if size >= 384:
+    if trained >= 384:
         return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
     return fit(image, int(size / 0.875), size)
 

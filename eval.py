@@ -2,7 +2,7 @@
 
     python eval.py out/tiny-soft_mask-shapes-1                       # a run's best.pt, on the data it was trained on
     python eval.py out/tiny-soft_mask-shapes-1/last.pt --data PATH   # on PATH/val
-    python eval.py RUN --image cat.jpg                               # its likely classes
+    python eval.py RUN --image cat.jpg                               # its likely classes; or a folder's
     python eval.py illama-tiny-in1k-75.0 --data PATH                 # the published weights
     torchrun --nproc_per_node=8 eval.py ...                          # the same numbers, sooner
 
@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torchvision.models import ResNet50_Weights
 
 from data import Images, eval_batches, eval_transform, loader, normalize, open_data
 from harness.checkpoint import build, describe, open_checkpoint
-from harness.files import read_image
+from harness.files import image_files, read_image
 from harness.flags import Parser, check_bounds, nonempty, require, shorten
 from harness.processes import (DTYPES, all_gather, once_per_node, print_rank0, progress, report_errors, setup,
                                shut_down, stop_requests)
@@ -79,10 +80,19 @@ def most_likely(logits, classes):
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
 
 
-def open_model(source, device, alpha=None):
-    """(model, checkpoint) of a path or published name, on a device; `alpha` replaces that of the checkpoint."""
+def classify(model, files, classes, transform, device, dtype=torch.float32):
+    """most_likely() of each of some image files, whatever their sizes."""
+    images = (Images([(read_image(file, upright=True), 0)], transform)[0, 0] for file in files)
+    batches = ((pixels[None], torch.tensor([label])) for pixels, label in images)
+    return [most_likely(logits[0], classes)
+            for logits, _ in predict(model, batches, device, dtype)]
+
+
+def open_model(source, device, alpha=None, img_size=None):
+    """(model, checkpoint) of a path or published name, on a device; `alpha` and `img_size` replace
+    those of the checkpoint."""
     checkpoint = once_per_node(open_checkpoint, source)
-    model = build(checkpoint).to(device).eval()
+    model = build(checkpoint, img_size=img_size).to(device).eval()
     if alpha is not None:
         require(model.cfg.soft, f"--alpha needs a soft mask, but the mask of {source} is "
                 f"{model.cfg.mask!r}: drop it")
@@ -111,25 +121,34 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt, or published weights")
     add_eval_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as it was trained, if that was float32")
-    parser.add_argument("--image", type=nonempty, help="classify this image alone: print its five most likely classes")
+    parser.add_argument("--img-size", type=int, help="resolution, for that of training")
+    parser.add_argument("--image", type=nonempty,
+                        help="an image, or a folder of them: print the five most likely classes")
     parser.add_argument("--json", action="store_true", help="print one dict of JSON")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     require(not (args.image and args.data), "--image classifies one image alone: drop it, or --data")
     rank, world, device, dtype = setup(args.device, args.dtype)
-    model, checkpoint = open_model(args.checkpoint, device, args.alpha)
+    model, checkpoint = open_model(args.checkpoint, device, args.alpha, args.img_size)
     if args.dtype == "auto" and checkpoint["run"]["dtype"] == "float32":
         dtype = torch.float32
-    transform = partial(eval_transform, size=model.cfg.img_size)
+    transform = partial(eval_transform, size=model.cfg.img_size,
+                        trained=checkpoint["config"]["img_size"])
     if args.image:
         classes = checkpoint["classes"]
         require(classes or model.cfg.num_classes == 1000, f"{args.checkpoint} does not name its "
-                f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that train.py wrote")
-        classes = classes or ResNet50_Weights.IMAGENET1K_V1.meta["categories"]           # ImageNet's
-        pixels, label = Images([(read_image(args.image, upright=True), 0)], transform)[0, 0]
-        [(logits, _)] = predict(model, [(pixels[None], torch.tensor([label]))], device, dtype)
-        result = most_likely(logits[0], classes)
-        lines = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
+                f"{model.cfg.num_classes} classes, so --image cannot: use a checkpoint that "
+                "train.py wrote")
+        classes = classes or ResNet50_Weights.IMAGENET1K_V1.meta["categories"]       # ImageNet's
+        files = image_files(args.image)
+        found = classify(model, files, classes, transform, device, dtype)
+        if Path(args.image).is_dir():                    # a line each
+            result = [dict(image=str(file), classes=top) for file, top in zip(files, found)]
+            lines = "\n".join(f"{file.name}  " + ", ".join(
+                f"{name} {100 * p:.1f} %" for name, p in top.items()) for file, top in zip(files, found))
+        else:
+            [result] = found
+            lines = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)

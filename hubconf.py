@@ -1,8 +1,20 @@
 """For torch.hub.load(REPOSITORY, "illama", size="tiny", step="soft_mask", pretrained="illama-tiny-in1k-75.0")."""
+import sys
 import warnings
+from pathlib import Path
 
-from harness.checkpoint import build, load_weights, open_checkpoint
-from model import VisionTransformer, config
+# The caller may have a model.py of their own: ours is imported aside of it, and leaves no name behind.
+OURS = ("model", "harness")
+theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in OURS}
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from harness.checkpoint import build, load_weights, open_checkpoint
+    from model import VisionTransformer, config
+finally:
+    sys.path.remove(str(Path(__file__).parent))
+    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.modules.update(theirs)
 
 dependencies = ["torch", "torchvision", "tqdm", "PIL", "numpy"]
 

@@ -34,7 +34,7 @@ class Config:
     """Everything that defines a model. The defaults are ViT-T/16 for ImageNet."""
     img_size: int = 224       # resolution of the square input, pixels
     patch_size: int = 16      # side of a patch, pixels; img_size is a multiple of it
-    num_classes: int = 1000   # outputs of the head
+    num_classes: int = 1000   # outputs of the head; 0: no head, features (B, D) in place of logits
     width: int = 192          # channels of a token, D
     depth: int = 12           # blocks
     heads: int = 3            # attention heads; D / heads channels each, 64 in all published sizes
@@ -115,8 +115,9 @@ def norm(cfg):
 def rope_table(tokens, dim, theta=10000.0):
     """(2, N, d): cos, and sin with rotate()'s signs, of the angle t * theta^(-2k/d) of token t and
     channel pair k [7]. t counts along the sequence: patches in raster order, and class token."""
-    frequency = theta ** (-torch.arange(0, dim, 2) / dim)            # d/2
-    angle = torch.outer(torch.arange(tokens), frequency)             # N, d/2
+    t = torch.arange(tokens, dtype=torch.float32)
+    k = torch.arange(dim // 2, dtype=torch.float32)
+    angle = torch.outer(t, theta ** (-2 * k / dim))                  # N, d/2
     cos, sin = angle.cos(), angle.sin()
     signed = torch.stack([-sin, sin], dim=-1).flatten(-2)            # N, d
     return torch.stack([cos.repeat_interleave(2, dim=-1), signed])
@@ -232,22 +233,28 @@ class VisionTransformer(nn.Module):
         rate = cfg.drop_path / max(1, cfg.depth - 1)
         self.blocks = nn.ModuleList(Block(cfg, i * rate) for i in range(cfg.depth))
         self.norm = norm(cfg)
-        self.head = nn.Linear(cfg.width, cfg.num_classes)
+        self.head = nn.Linear(cfg.width, cfg.num_classes) if cfg.num_classes else nn.Identity()
         # Where class token and patches stand in the sequence
         self.cls = slice(-1, None) if cfg.cls_last else slice(0, 1)
         self.patches = slice(0, -1) if cfg.cls_last else slice(1, None)
 
         # Not in the state dict, as they follow from the configuration
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)     # set_soft_mask's
+        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32), persistent=False)
         if cfg.rope:
             table = rope_table(cfg.tokens, cfg.width // cfg.heads)
             self.register_buffer("rope", table, persistent=False)
         else:
             self.rope = None
-
         self.apply(init_weights)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """What is the model's own, and not a part's, made anew: after to_empty(), for instance."""
+        self.alpha.zero_()
+        if self.cfg.rope:
+            self.rope.copy_(rope_table(self.cfg.tokens, self.cfg.width // self.cfg.heads))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if cfg.abs_pos:
+        if self.cfg.abs_pos:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def no_weight_decay(self):
@@ -295,8 +302,8 @@ class VisionTransformer(nn.Module):
     def embed(self, images):
         """(B, 3, H, W) -> (B, N, D): patches and class token, with learned positions."""
         size = self.cfg.img_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images {tuple(images.shape)} are not (B, 3, {size}, {size}): resize")
+        torch._assert(images.shape[1:] == (3, size, size),           # which torch.fx can trace
+                      f"images must be (B, 3, {size}, {size}): resize them")
         patches = self.patch_embed.proj(images)                      # B, D, H/patch, W/patch
         patches = patches.flatten(2).transpose(1, 2)                 # B, P, D, in raster order
         cls = self.cls_token.expand(images.shape[0], -1, -1)         # B, 1, D

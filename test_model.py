@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from harness.checkpoint import load_weights, resize_positions
 from model import STEPS, Config, Mask, SwiGLU, VisionTransformer, config, norm, rope_table, rotate
@@ -386,6 +387,33 @@ def test_it_is_exported_for_any_number_of_images(step):
     torch.testing.assert_close(exported.module()(hashed_images(3)), model(hashed_images(3)), atol=1e-6, rtol=0)
 
 
+@every_step
+def test_other_tools_of_torch_take_it(step):
+    model, images = build(step, alpha=0.3 if "soft" in step else None), hashed_images(2)
+    expected = model(images)
+    extractor = create_feature_extractor(model, ["blocks.0", "head"])        # torch.fx
+    features = extractor(images)
+    assert features["blocks.0"].shape == (2, 17, 128)
+    torch.testing.assert_close(features["head"][:, 0], expected, atol=1e-6, rtol=0)
+    traced = torch.jit.trace(model, images)
+    torch.testing.assert_close(traced(hashed_images(3)), model(hashed_images(3)), atol=1e-6, rtol=0)
+    with pytest.raises(AssertionError, match=r"images must be \(B, 3, 32, 32\): resize them"):
+        model(hashed_images(2, 64))
+
+
+@every_step
+def test_gradients_of_single_images_by_vmap_are_those_of_a_loop(step):
+    model, images = build(step, alpha=0.3 if "soft" in step else None), hashed_images(2)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, image[None]).square().sum()
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    model(images[1:]).square().sum().backward()
+    for name, p in weights.items():
+        torch.testing.assert_close(gradients[name][1], p.grad, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_logits_and_gradients():
     model, images = build("soft_mask", alpha=0.5), hashed_images(2)
@@ -437,6 +465,30 @@ def test_weights_of_another_resolution_load_and_the_same_size_changes_nothing():
     torch.testing.assert_close(same, model.pos_embed, atol=1e-6, rtol=0)
 
 
+def test_what_follows_from_the_configuration_is_in_float32_and_can_be_made_again():
+    model, images = build(), hashed_images(2)
+    torch.set_default_dtype(torch.bfloat16)                                  # as large models are built
+    try:
+        low = VisionTransformer(model.cfg)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(low.rope, model.rope) and low.alpha.dtype == torch.float32
+    with torch.device("meta"):
+        empty = VisionTransformer(model.cfg)
+    empty = empty.to_empty(device="cpu").eval()
+    for buffer in empty.buffers():
+        buffer.fill_(torch.nan)                                              # whatever was in memory
+    empty.reset_parameters()
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty(images), model(images))
+
+
+def test_without_classes_it_gives_features():
+    model, images = build(), hashed_images(2)
+    features = build(num_classes=0)(images)
+    torch.testing.assert_close(features, model.forward_features(images)[:, -1], atol=1e-5, rtol=0)
+
+
 def test_a_new_head_is_made_only_when_asked_for():
     model, other = build("soft_mask"), VisionTransformer(build("soft_mask", num_classes=3).cfg)
     with pytest.raises(ValueError, match="head.weight"):
@@ -472,7 +524,6 @@ def test_names_from_ddp_and_compile_are_understood():
     (lambda: Config(width=100), "width 100 is no multiple of heads 3"),
     (lambda: Config(width=9, rope=True), "RoPE: width 9 / heads 3 must be even"),
     (lambda: Config(mask="hard"), "unknown mask 'hard'; choose one of none, causal, modified, soft, soft_log"),
-    (lambda: build()(hashed_images(2, 64)), r"images \(2, 3, 64, 64\) are not \(B, 3, 32, 32\): resize"),
     (lambda: build("causal").set_soft_mask(0.5), "mask 'causal' has no alpha"),
     (lambda: build().set_soft_mask(1.5), "alpha is 1.5; it must be between 0 and 1"),
     (lambda: load_weights(build(), "nowhere.pt"), "no checkpoint at nowhere.pt"),

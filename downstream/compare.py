@@ -12,11 +12,12 @@ run that was resumed shows less than it took. What is missing is a "-".
 """
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import median
 
 from harness.flags import InputError, Parser, needs, overrides, pick, require
-from harness.processes import report_errors
+from harness.processes import print_line, report_errors
 from model import Config
 from train import RECIPES
 
@@ -105,11 +106,24 @@ def main(argv=None):
                 f"--plot {args.plot}: give a file that ends in .png, .pdf or .svg")
         with needs("--plot", "matplotlib"):
             from matplotlib.figure import Figure
-    runs, settings = zip(*(read(Path(run)) for run in args.runs))
+    names, runs, settings, errors = [], [], [], []
+    for run in args.runs:
+        try:
+            rows, changes = read(Path(run))
+        except InputError as error:      # `out/*` has runs in their first epoch, too
+            errors.append(error)
+            continue
+        names.append(run)
+        runs.append(rows)
+        settings.append(changes)
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        print_line(f"warning: {error}; left out", sys.stderr)
     if args.plot is not None:                                    # where this fails, nothing has been printed
-        draw(Figure, args.runs, runs, args.plot)
+        draw(Figure, names, runs, args.plot)
     table = [HEAD]
-    for name, words, rows in zip(args.runs, differences(settings), runs):
+    for name, words, rows in zip(names, differences(settings), runs):
         table.append([name, words, *numbers(rows)])
     widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for row in table:

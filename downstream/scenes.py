@@ -4,10 +4,13 @@
     images = Annotated(train, partial(train_transform, size=128, short_side=180), seed=0)
 
 An annotation is a PIL image of the same size with one channel: k is the k-th class, 0 is unlabelled and ignored, and so
-is 255, as most tools mark it, if there are fewer classes. As a tensor it holds classes from 0 on, and -1 for what is
-ignored.
+is 255, as most tools mark it, if there are fewer classes. With `void` 255 classes count from 0, and 255 alone is
+unlabelled. As a tensor it holds classes from 0 on, and -1 for what is ignored.
 """
+import math
 import random
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +24,20 @@ from data import FILL, Images
 from downstream.drawn import Scenes
 from harness.files import read_image
 from harness.flags import InputError, require, shorten
+from harness.processes import print_rank0
 
 SPLITS, IGNORED, VOID = ("training", "validation"), -1, 255
 
 
-def open_scenes(data, split, short_side):
+def open_scenes(data, split, short_side, void=0):
     """A split, "training" or "validation", of "scenes", drawn with that shorter side, or of a folder in ADE20K's
     layout. InputError in one sentence if there is nothing to open."""
-    return Scenes(split, short_side) if data == "scenes" else AnnotatedFolder(Path(data), split)
+    return Scenes(split, short_side) if data == "scenes" else AnnotatedFolder(Path(data), split, void)
 
 
 class AnnotatedFolder(Dataset):
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png. Classes are the lines of classes.txt."""
-    def __init__(self, root, split):
+    def __init__(self, root, split, void=0):
         require(root.is_dir(), f"--data {root} is neither scenes nor a folder: check the path")
         self.images, self.annotations = root / "images" / split, root / "annotations" / split
         self.classes = read_classes(root)
@@ -47,14 +51,36 @@ class AnnotatedFolder(Dataset):
         require(names and not alone, f"{self.images} and {self.annotations} must hold the same names, NAME.jpg and "
                 f"NAME.png, but {wrong}: add or remove files")
         self.names = np.array(names)                       # a list's objects would be copied to every worker
+        self.void = void
+        self.look_at_labels(warn=split == SPLITS[0])
+
+    def look_at_labels(self, warn):
+        """Of up to 200 annotations: InputError if nothing is labelled in them, a warning of classes
+        that never occur."""
+        counts, looked_at = np.zeros(256, int), 0
+        for index in range(0, len(self), math.ceil(len(self) / 200)):
+            with suppress(InputError):                     # which comes again when it is used
+                counts += self.annotation(index).histogram()
+                looked_at += 1
+        start = ("classes count from 1, and 0 is unlabelled; if yours count from 0, add --void 255"
+                 if self.void == 0 else "classes count from 0, and 255 is unlabelled")
+        require(not looked_at or counts[1:].any(), f"no pixel of {looked_at} annotations in "
+                f"{self.annotations} has a class: {start}")
+        never = [name for name, count in zip(self.classes, counts[1:]) if not count]
+        if never and warn:
+            print_rank0(f"warning: {shorten(never)} never occur in {looked_at} annotations of "
+                        f"{self.annotations}: {start}", sys.stderr)
+
+    def annotation(self, index, size=None):
+        path = self.annotations / f"{Path(self.names[index].item()).stem}.png"
+        return read_annotation(path, size, len(self.classes), self.void)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        name = Path(self.names[index].item())
-        image = read_scene(self.images / name)
-        return image, read_annotation(self.annotations / f"{name.stem}.png", image.size, len(self.classes))
+        image = read_scene(self.images / self.names[index].item())
+        return image, self.annotation(index, image.size)
 
 
 def read_scene(path, upright=False):
@@ -80,20 +106,24 @@ def read_classes(root):
     return classes
 
 
-def read_annotation(path, size, classes):
-    """An annotation as a PIL image of mode L. InputError that names it if it is none."""
+def read_annotation(path, size, classes, void=0):
+    """An annotation as a PIL image of mode L, 0 for what is unlabelled. InputError that names it if it is none, or not
+    of that size, where one is given."""
     annotation = read_image(path, convert=False)
-    require(annotation.mode in ("L", "P"),                 # P: a palette, whose colours do not matter
+    require(annotation.mode in ("1", "L", "P"),            # P: a palette, whose colours do not matter
             f"{path} has the mode {annotation.mode}; an annotation has one channel of 8 bits, the number of a class in "
             "each pixel: convert it")
-    require(annotation.size == size, f"{path} has {annotation.width} x {annotation.height} pixels, its image {size[0]} "
-            f"x {size[1]}: replace one of them")
-    pixels = np.asarray(annotation)
-    if classes < VOID:
+    require(size in (None, annotation.size), f"{path} has {annotation.size} pixels, its image {size}: replace one of "
+            "them")
+    pixels = np.asarray(annotation).astype(int)            # of mode 1: 0 and 1
+    largest = pixels.max(where=pixels != VOID, initial=0)
+    if void == VOID:
+        pixels = np.where(pixels == VOID, 0, pixels + 1)
+    elif classes < VOID:
         pixels = np.where(pixels == VOID, 0, pixels)
-    require(pixels.max() <= classes, f"{path} holds class {pixels.max()}, but there are {classes}: correct it, with 0 "
+    require(pixels.max() <= classes, f"{path} holds class {largest}, but there are {classes}: correct it, with {void} "
             "for what is not labelled, or the list of classes")
-    return Image.fromarray(pixels)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

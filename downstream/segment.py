@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from data import eval_batches, loader, normalize, seed_of, train_batches
-from downstream.scenes import SPLITS, Annotated, eval_transform, open_scenes, read_scene, train_transform
+from downstream.scenes import SPLITS, VOID, Annotated, eval_transform, open_scenes, read_scene, train_transform
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
 from harness.checkpoint import (CHECKPOINT, load_strictly, load_weights, open_checkpoint, read_checkpoint,
                                 require_keys)
@@ -76,6 +76,7 @@ class Run:
     step: str = "soft_mask"      # step from ViT to iLLaMA, see model.py
     recipe: str = "small"        # how to train
     data: str = "scenes"         # scenes, or a folder with images/ and annotations/, each training/ and validation/
+    void: int = 0                # in annotations: 0 is unlabelled, classes count from 1; or 255, and they count from 0
     init_from: str = ""          # checkpoint or published weights to start from, which say what the model is
     seed: int = 0                # random seed of weights, order and augmentation
     dtype: str = "auto"          # of autocast; weights stay in float32. auto: float32 for ade20k and on CPUs
@@ -111,7 +112,8 @@ def make_optimizer(model, recipe):
 
 def parse(argv=None):
     """{name: value} of the flags that were given."""
-    choices = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES, head=HEADS)
+    choices = dict(size=SIZES, step=STEPS, recipe=RECIPES, mask=MASKS, device=DEVICES, dtype=DTYPES, head=HEADS,
+                   void=(0, VOID))
     return parse_flags(argv, "Train a model that gives each pixel a class; `eval` as the first word evaluates one.", {
         "": [Run, Machine], "how to train (default: as --recipe says)": [Recipe],
         "model (default: as --size and --step say)": [Config]}, choices, "out/segment",
@@ -179,8 +181,8 @@ def load_parts(model, source, head, classes):
 
 def open_validation(checkpoint, data):
     """The validation split of `data`, by default of what the model was trained on. InputError for other classes."""
-    data = data or checkpoint["run"]["data"]
-    val = open_scenes(data, SPLITS[1], checkpoint["recipe"]["short_side"])
+    run, recipe = checkpoint["run"], checkpoint["recipe"]
+    val = open_scenes(data or run["data"], SPLITS[1], recipe["short_side"], run.get("void", 0))
     require(val.classes == checkpoint["classes"], f"--data {data} has the classes {shorten(val.classes)}, but the "
             f"model knows {shorten(checkpoint['classes'])}: use the data that it was trained on")
     return val
@@ -214,7 +216,7 @@ def train(argv):
     sync_norms = world > 1 and device.type == "cuda"     # on a CPU each rank normalizes its own crops
     require(recipe.head != "upernet" or micro_batch > 1 or sync_norms, "--head upernet normalizes over the "
             "micro-batch, 1 crop here: give a --batch-size and a --micro-batch that leave each rank 2 or more")
-    train, val = (open_scenes(run.data, split, recipe.short_side) for split in SPLITS)
+    train, val = (open_scenes(run.data, split, recipe.short_side, run.void) for split in SPLITS)
     run, recipe, cfg, source = choose_backbone(run, recipe, given, checkpoint, len(train.classes))
     settings = settings_of(run, recipe, cfg, train, val, world) | dict(alpha=0.0 if cfg.soft else None)
     folder.check(settings, state)

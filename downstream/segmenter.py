@@ -224,4 +224,6 @@ def evaluate(model, batches, short_side, device, dtype=torch.float32, **views):
         return None
     if dist.is_initialized():
         dist.all_reduce(matrix)
+    require(matrix.any(), "no pixel of these annotations has a class, so there is nothing to score: correct them, or "
+            "--void")
     return scores(matrix)

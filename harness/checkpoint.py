@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.flags import InputError, checked_config, needs, overrides, require
+from harness.flags import (InputError, checked_config, flags_of, needs, overrides, require,
+                           shorten)
 from model import SIZES, Config, VisionTransformer, config
 
 PUBLISHED = (  # the authors' weights, by the names of their files
@@ -35,6 +36,10 @@ SAFE = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarr
         *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)), np.dtype,
         argparse.Namespace]                # what published files hold beside plain types
 
+# Where trainers keep weights, and what they, DDP and torch.compile write before names
+WHERE = ("model", "state_dict", "module", "teacher", "model_ema")
+PREFIXES = r"^((module|_orig_mod|model|backbone|encoder)\.)+"
+SHAPES = ("width", "depth", "patch_size", "swiglu", "rmsnorm", "abs_pos")      # names and shapes
 CHECKPOINT = ("model", "config", "classes", "alpha", "run")    # what evaluation needs
 
 
@@ -78,7 +83,10 @@ def read_file(path):
             return about | dict(model=weights)
         if zipfile.is_zipfile(path):                     # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
+                pickled = any(name.endswith("data.pkl") for name in file.namelist())
                 damaged = file.testzip()
+            require(pickled, f"{path} is an archive of NumPy arrays or of other files, not of "
+                    "PyTorch: convert it to a state dict, and save that with torch.save")
             if damaged:
                 raise ValueError(f"the checksum of {damaged} in it is wrong")
         with torch.serialization.safe_globals(SAFE):
@@ -111,45 +119,69 @@ def require_keys(checkpoint, keys, source):
 
 
 def weights_of(checkpoint):
-    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile. InputError if
-    there is none."""
-    state = checkpoint.get("model", checkpoint)
-    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
-    require(tensors, "what should be weights is not a dict of tensors by their names: use another "
-            "file")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+    """The state dict in a checkpoint of this project or of common trainers, without their prefixes.
+    InputError if there is none."""
+    places = [key for key in WHERE if isinstance(checkpoint.get(key), dict)]
+    state = checkpoint[places[0]] if places else checkpoint
+    require(state and all(map(torch.is_tensor, state.values())), "no weights were found under "
+            f"{', '.join(WHERE)}, but {shorten(map(str, state)) or 'nothing'}: save a state dict, "
+            "tensors by their names, alone or under one of these")
+    lora = [name for name in state if "lora_" in name]
+    require(not lora, f"these are LoRA's changes of weights ({shorten(lora)}), not the weights: "
+            "merge them into their model, and save that")
+    return {re.sub(PREFIXES, "", name): value for name, value in state.items()}
 
 
 def open_checkpoint(source):
-    """A checkpoint of train.py as it is; published weights, which are bare, as train.py would have
-    saved them."""
+    """A checkpoint of train.py as it is; weights from elsewhere, which are bare, as train.py would
+    have saved them."""
     checkpoint = read_checkpoint(source)
     if "config" in checkpoint:
         require_keys(checkpoint, CHECKPOINT, source)
         return checkpoint
     state = weights_of(checkpoint)
-    try:  # size, patches and resolution follow from the shapes
-        shape = state["cls_token"].shape[-1], sum(name.endswith("norm1.weight") for name in state)
+    size, step, cfg = architecture_of(state)
+    require(cfg, f"{source} is neither a checkpoint that train.py wrote nor weights of a ViT or an "
+            "iLLaMA of a published size: use another file")
+    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0 if cfg.soft else None,
+                run=dict(size=size, step=step, data="", dtype="float32", seed=0))
+
+
+def architecture_of(state):
+    """(size, step, Config) of bare weights, by their names and shapes: None for each if there is no
+    such size."""
+    try:
+        width = state["cls_token"].shape[-1]
+        depth = sum(name.endswith("norm1.weight") for name in state)
         size = next(name for name, sizes in SIZES.items()
-                    if (sizes["width"], sizes["depth"]) == shape)
+                    if (sizes["width"], sizes["depth"]) == (width, depth))
         patch_size = state["patch_embed.proj.weight"].shape[-1]
         grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-        cfg = config(size, img_size=patch_size * grid, patch_size=patch_size,
-                     num_classes=len(state["head.weight"]))
-    except (KeyError, StopIteration) as error:
-        raise InputError(f"{source} is neither a checkpoint that train.py wrote nor published "
-                         "iLLaMA weights: use another file") from error
-    return dict(config=asdict(cfg), model=state, classes=None, alpha=0.0,
-                run=dict(size=size, step="soft_mask", data="", dtype="float32", seed=0))
+        classes = len(state.get("head.weight", ()))
+    except (KeyError, StopIteration):
+        return None, None, None
+    step = "soft_mask"
+    if "blocks.0.norm1.bias" in state:
+        step = "swiglu" if "blocks.0.mlp.fc3.weight" in state else "vit"
+    cfg = config(size, step, img_size=patch_size * grid, patch_size=patch_size,
+                 num_classes=classes)
+    return size, step, cfg
 
 
-def build(checkpoint, architecture=VisionTransformer):
-    """The model of a checkpoint, with its weights and its soft mask."""
-    model = architecture(checked_config(Config, **checkpoint["config"]))
-    load_strictly(model, weights_of(checkpoint))
+def build(checkpoint, architecture=VisionTransformer, img_size=None):
+    """The model of a checkpoint, with its weights and its soft mask, perhaps at another resolution
+    than it was trained at."""
+    values = checkpoint["config"] | (dict(img_size=img_size) if img_size else {})
+    model = architecture(checked_config(Config, **values))
+    load_weights(model, checkpoint)
     if checkpoint["alpha"] is not None:
         model.set_soft_mask(checkpoint["alpha"])
     return model
+
+
+def require_no_head(checkpoint):
+    require("head" not in checkpoint.get("recipe", {}), "this is a model of downstream.segment, "
+            "which gives each pixel a class: use that program, or a run of train.py")
 
 
 def describe(cfg, checkpoint, dtype):
@@ -179,7 +211,24 @@ def load_weights(model, source, new_head=False, classes=None):
     `classes`, it keeps the model's fresh weights. InputError lists what is wrong.
     """
     source = source if isinstance(source, dict) else read_checkpoint(source)
+    require_no_head(source)
     state, own, notes = weights_of(source), model.state_dict(), []
+
+    # Other architectures: some fit no weight, of others no weight's shape tells
+    size, step, cfg = architecture_of(state)
+    if "run" in source:
+        size, step = source["run"]["size"], source["run"]["step"]
+        cfg = checked_config(Config, **source["config"])
+    if cfg:
+        flags = dict(size=size, step=step, **overrides(cfg, size, step), img_size=cfg.img_size,
+                     patch_size=cfg.patch_size)
+        require(all(getattr(cfg, name) == getattr(model.cfg, name) for name in SHAPES),
+                f"the weights to start from are of another model: give{flags_of(flags)}")
+    before = source.get("config", {})
+    for name in ("heads", "mask", "cls_last", "rope"):
+        now = getattr(model.cfg, name)
+        if before.get(name, now) != now:
+            notes.append(f"{name} {before[name]} before, {now} now")
 
     # Positions
     pos, grid = state.get("pos_embed"), model.cfg.grid
@@ -188,25 +237,14 @@ def load_weights(model, source, new_head=False, classes=None):
         notes.append(f"learned positions resized from {pos[:, model.patches].shape[1]} to "
                      f"{grid ** 2} patches")
 
-    # What no weight's shape tells
-    before = source.get("config", {})
-    for name in ("heads", "mask", "cls_last", "rope"):
-        now = getattr(model.cfg, name)
-        if before.get(name, now) != now:
-            notes.append(f"{name} {before[name]} before, {now} now")
-
     # Head
     head = {name: value for name, value in own.items() if name.startswith("head.")}
-    if new_head and not head.keys() & state.keys():                  # of an encoder
-        notes.append(f"new head: none before, {model.cfg.num_classes} classes now")
+    old, new = len(state.get("head.weight", ())), model.cfg.num_classes
+    others = classes is not None and source.get("classes") not in (None, list(classes))
+    if new_head and (others or old != new):
+        notes.append(f"new head: {old} classes before, {new} {'others ' if old == new else ''}now")
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state |= head
-    elif new_head and "head.weight" in state:
-        old, new = len(state["head.weight"]), model.cfg.num_classes
-        others = classes is not None and source.get("classes") not in (None, list(classes))
-        if others or old != new:
-            notes.append(f"new head: {old} classes before, {new} "
-                         f"{'others ' if old == new else ''}now")
-            state |= head
     load_strictly(model, state)
     return notes
 

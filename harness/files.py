@@ -3,6 +3,7 @@ names the file."""
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,6 +30,16 @@ def read_image(path, upright=False, convert=True):
     except Exception as error:                           # decoders raise half a dozen types
         raise InputError(f"{path} cannot be read as an image ({error}): replace or remove "
                          "it") from error
+
+
+def image_files(path):
+    """A file's path in a list, or the images of a folder, sorted. InputError if it has none."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in IMG_EXTENSIONS)
+    require(files, f"{path} has no image: give an image, or a folder with some")
+    return files
 
 
 def eight_bits(image):
@@ -102,6 +113,9 @@ def open_folder(root, split, classes=None, known=()):
             "each class; ImageNet's validation images are sorted by "
             "torchvision.datasets.ImageNet(PATH, 'val'), from their archive and the development "
             "kit")
+    require(classes or len(found) > 1, f"{folder} has one class folder, {found[0]}, and there is "
+            "nothing to tell apart: give a folder with train/ and val/ that have two or more "
+            "(perhaps the path is one level off)")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     require(not unknown, f"{folder} has the class folders {shorten(unknown)}, which are not among "

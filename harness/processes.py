@@ -83,8 +83,9 @@ def join(rank, world, device):
     # Over a restart torchrun may keep its store, and in it the addresses of ranks that have ended:
     # the new ranks would try to reach those.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                            device_id=device if gpu else None)
+    nccl = gpu and dist.is_nccl_available()                          # it is not on Windows
+    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if nccl else None)
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 

@@ -105,7 +105,11 @@ def lock(folder):
         import fcntl                                     # not on Windows
     except ImportError:
         return None
-    file = open(folder / ".lock", "w")
+    try:
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): continue in another "
+                         f"folder with --resume {folder} --out FOLDER") from error
     try:  # not flock, which workers inherit: those of a killed run would hold it for seconds
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -132,12 +136,11 @@ def find_checkpoint(given, below):
     if "resume" not in given:
         return None
     path, out = given["resume"], given.get("out")
-    require(not (path and out), f"--resume {path} continues in that folder: drop --out")
     if path or out:
         file = Path(path or out)
         file = file if file.is_file() else file / "last.pt"
-        require(file.name == "last.pt", "--resume takes a run's folder or its last.pt, not "
-                f"{file}: give one of them, or start a new run with --init-from {file}")
+        require(file.name == "last.pt" or path and out, "--resume takes a run's folder or its "
+                f"last.pt, not {file}: give one of them, or a new folder for it with --out")
         require(file.exists() or not path, f"--resume {path}: no checkpoint there; check the path, "
                 f"or give --out {path} --resume, which starts where nothing has been saved")
         return file if file.exists() else None
@@ -174,8 +177,9 @@ class RunFolder:
         downstream.segment if `segments`."""
         self.out, self.below, self.resuming = given.get("out", ""), below, "resume" in given
         self.file, self.checkpoint, self.lock = find_checkpoint(given, below), None, None
+        self.moves = bool(self.file and given["resume"] and self.out)        # to the folder --out
         if self.file:
-            if is_rank_0():
+            if is_rank_0() and not self.moves:
                 self.lock = lock(self.file.parent)       # before it is read
             self.checkpoint = read_checkpoint(self.file)
             require_keys(self.checkpoint, RESUMABLE, self.file)
@@ -210,13 +214,14 @@ class RunFolder:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.n_parameters = sum(p.numel() for p in model.parameters())
         if self.checkpoint:
-            self.path = self.file.parent
             load_optimizer(optimizer, self.checkpoint["optimizer"], self.file)
             if self.checkpoint["scaler"]:                # empty unless it was in float16
                 scaler.load_state_dict(self.checkpoint["scaler"])
+        if self.checkpoint and not self.moves:
+            self.path = self.file.parent
         else:
             self.path = on_rank_0(make_folder, self.out, name_of(self.settings), self.below,
-                                  self.resuming)
+                                  self.resuming and not self.moves)
         self.rows = on_rank_0(self.prepare)
 
     def prepare(self):
@@ -224,6 +229,12 @@ class RunFolder:
         self.lock = self.lock or lock(self.path)
         for name in FILES:                               # of a process that was killed in write()
             (self.path / f"{name}.tmp").unlink(missing_ok=True)
+        if self.moves:                                   # from now on it lives here
+            beside = ["metrics.jsonl"] + ["best.pt"] * (self.file.name == "last.pt")
+            for file in (self.file.with_name(name) for name in beside):
+                if file.exists():
+                    write(self.path / file.name, file.read_bytes())
+            write(self.path / "last.pt", self.file.read_bytes())
         write(self.path / "config.json", json.dumps(self.settings, indent=1).encode())
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_bytes().splitlines() if metrics.exists() else []

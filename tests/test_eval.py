@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import eval as evaluation
 from conftest import ROOT, by_hand, in_ranks, refused
-from data import open_data
+from data import eval_transform, normalize, open_data
 from downstream import export
-from harness.checkpoint import build, open_checkpoint
+from harness.checkpoint import build, load_weights, open_checkpoint
 from harness.processes import report_errors
-from model import VisionTransformer, config
+from model import Config, VisionTransformer, config
 
 
 def printed(argv, capsys):
@@ -94,6 +95,34 @@ def test_the_best_checkpoint_scores_what_training_said(finished, capsys):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     result = json.loads(printed([finished / "best.pt", "--json"], capsys))
     assert result["test_acc1"] == max(row["test_acc1"] for row in rows)
+
+
+def test_a_folder_of_images_gets_a_line_each(photos, finished, capsys):
+    folder, run = photos / "val" / "dog", finished / "best.pt"
+    lines = printed([run, "--image", folder], capsys).splitlines()
+    files = sorted(folder.iterdir())
+    assert len(lines) == len(files) and all(line.startswith(file.name) for line, file in zip(lines, files))
+    found = json.loads(printed([run, "--image", folder, "--json"], capsys))
+    for row, file in zip(found, files, strict=True):
+        one = json.loads(printed([run, "--image", file, "--json"], capsys))
+        assert row == dict(image=str(file), classes=one)
+    assert "has no image: give an image, or a folder" in refused(evaluation, [run, "--image", photos / "val"], capsys)
+
+
+def test_another_resolution_resizes_positions_and_makes_rope_for_its_grid(photos, finished, capsys):
+    result = json.loads(printed([finished / "best.pt", "--img-size", "32", "--json"], capsys))
+    checkpoint = torch.load(finished / "best.pt", weights_only=True)
+    model = VisionTransformer(Config(**checkpoint["config"] | dict(img_size=32))).eval()
+    assert load_weights(model, checkpoint) == ["learned positions resized from 4 to 16 patches"]
+    model.set_soft_mask(checkpoint["alpha"])
+    source = open_data(str(photos), "val", 32)
+    images = torch.stack([pil_to_tensor(eval_transform(image, None, 32)) for image, _ in source])
+    with torch.no_grad():
+        logits = model(normalize(images))
+    labels = torch.tensor([label for _, label in source])
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["img_size"] == 32 and result["images"] == 11
+    assert "not a multiple of patch_size 8" in refused(evaluation, [finished / "best.pt", "--img-size", "20"], capsys)
 
 
 def test_alpha_is_the_checkpoints_unless_it_is_given(photos, finished, tmp_path, capsys):
@@ -241,14 +270,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     checkpoint = torch.load(finished / "best.pt", weights_only=True)
     for changes, said in ((dict(depth=3), 'Missing key(s) in state_dict: "blocks.2.'),
                           (dict(swiglu=False), 'Missing key(s) in state_dict: "blocks.0.mlp.fc1.bias"'),
-                          (dict(patch_size=4), "the weights do not fit the model: size mismatch for pos_embed")):
+                          (dict(patch_size=4), "the weights do not fit the model: size mismatch for patch_embed.proj.weight")):
         torch.save(checkpoint | dict(config=checkpoint["config"] | changes), tmp_path / "other.pt")
         assert said in refused(evaluation, [tmp_path / "other.pt"], capsys)
     torch.save(dict(config=checkpoint["config"], model=checkpoint["model"]), tmp_path / "part.pt")
     assert "part.pt lacks classes, alpha, run: use a checkpoint that train.py wrote" in refused(
         evaluation, [tmp_path / "part.pt"], capsys)
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
-    assert "weights.pt is neither a checkpoint that train.py wrote nor published iLLaMA weights" in refused(
+    assert "weights.pt is neither a checkpoint that train.py wrote nor weights of a ViT or an iLLaMA" in refused(
         evaluation, [tmp_path / "weights.pt"], capsys)
 
 

@@ -115,7 +115,7 @@ def test_timms_vision_transformer_is_the_step_vit(tmp_path):
 def test_encoders_without_a_head_load_and_what_else_they_have_is_named(tmp_path):
     own = VisionTransformer(config("nano", "vit", depth=2, img_size=32, num_classes=10))
     encoder = {name: value for name, value in hashed_weights(own).items() if not name.startswith("head.")}
-    assert load_weights(own, encoder, new_head=True) == ["new head: none before, 10 classes now"]           # DINO's
+    assert load_weights(own, encoder, new_head=True) == ["new head: 0 classes before, 10 now"]           # DINO's
     assert all(torch.equal(own.state_dict()[name], value) for name, value in encoder.items())
     with pytest.raises(ValueError, match='Unexpected key.s. in state_dict: "mask_token", "decoder_embed.weight"'):       # MAE's
         load_weights(own, encoder | {"mask_token": torch.zeros(1, 1, 128), "decoder_embed.weight": torch.zeros(2, 2)}, new_head=True)

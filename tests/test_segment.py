@@ -342,7 +342,7 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, said", [
-    ("missing", "only one of them has 0"), ("image", "only one of them has 0"), ("size", "has 5 x 5 pixels, its image"),
+    ("missing", "only one of them has 0"), ("image", "only one of them has 0"), ("size", "has (5, 5) pixels, its image"),
     ("label", "holds class 4, but there are 3"), ("long", "has 340 x 20 pixels, longer than 16:1"), ("rgb", "has the mode RGB"), ("broken", "cannot be read as an image"),
     ("classes", "classes.txt is missing"), ("split", "is missing"), ("encoding", "is not text in UTF-8")])
 def test_bad_annotations_are_refused_in_one_sentence(what, said, streets, trained, tmp_path, capsys):

@@ -717,7 +717,7 @@ def test_bad_input_ends_all_ranks_with_one_sentence(flags, said, photos, tmp_pat
     (["--batch-size", "7", "--micro-batch", "4"], "--batch-size 7 is not a multiple of 1 rank x --micro-batch 4; 8 is"),
     (["--batch-size", "6", "--micro-batch", "3", "--mixup", "0.1"], "--micro-batch 3 is odd, but mixup and cutmix pair"),
     (["--batch-size", "32"], "has 24 training images, less than one --batch-size 32: make it smaller"),
-    (["--resume", "nowhere"], "--resume nowhere continues in that folder: drop --out"),
+    (["--resume", "nowhere"], "--resume nowhere: no checkpoint there; check the path"),
 ])
 def test_bad_flags_are_refused(flags, said, photos, tmp_path, capsys):
     error = refused(train, ["--data", photos, "--out", tmp_path / "run", *SMALL, *flags], capsys)

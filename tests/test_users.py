@@ -1,10 +1,13 @@
 """What users of comparable trainers met: each test is one such case."""
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +16,17 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from conftest import DEADLINE, SMALL, Program, environment, refused
+from conftest import DEADLINE, ROOT, SMALL, Program, environment, equal, load, metrics, refused
 from downstream import segment
-from downstream.scenes import read_annotation, read_classes
+from downstream.scenes import open_scenes, read_annotation, read_classes
+from harness.checkpoint import build as build_checkpoint
+from harness.checkpoint import load_weights, open_checkpoint
 from harness.files import open_folder, read_image
+from harness.processes import stop_requests
+from harness.run import Monitor
+from model import VisionTransformer, config
 from replication import ladder
+from test_model import build
 
 
 def flags(photos, out):
@@ -32,7 +41,7 @@ def test_files_that_are_left_out_are_named_and_hidden_ones_are_not(tmp_path, cap
     (tmp_path / "train" / "cat" / "more").mkdir(parents=True)
     for name in ("cat/a.png", "cat/b.gif", "cat/more/c.avif", "cat/.hidden.gif"):
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name, "PNG")
-    assert len(open_folder(tmp_path, "train")) == 1
+    assert len(open_folder(tmp_path, "train", ["cat"])) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"warning: 2 files in {tmp_path}/train are left out (cat/b.gif, cat/more/c.avif): images end in .jpg")
 
@@ -47,6 +56,12 @@ def test_weights_that_do_not_name_their_classes_say_which_order_they_are_taken_t
         evaluation.open_val("weights", dict(classes=None, run={}), net, str(tmp_path / names[0]))
         said = capsys.readouterr().err
         assert warned in said and bool(warned) == bool(said)
+
+
+def test_a_single_class_folder_is_refused(photos, tmp_path, capsys):
+    shutil.copytree(photos / "train" / "cat", tmp_path / "one" / "train" / "cat")
+    said = refused(train, flags(tmp_path / "one", tmp_path / "run"), capsys)
+    assert f"{tmp_path}/one/train has one class folder, cat, and there is nothing to tell apart" in said
 
 
 def test_validation_images_as_they_come_are_told_how_to_sort(tmp_path, capsys):
@@ -133,8 +148,150 @@ def test_absurd_numbers_of_segmentation_are_refused(wrong, said, tmp_path, capsy
     assert said in refused(segment, ["--out", tmp_path / "run", *SEGMENT, *wrong], capsys)
 
 
+def relabelled(root, change):
+    """annotated(), with other numbers in its annotations."""
+    annotated(root)
+    for file in (root / "annotations").rglob("*.png"):
+        change(np.asarray(Image.open(file))).save(file)
+    return root
+
+
+def test_annotations_without_a_labelled_pixel_are_refused(tmp_path, capsys):
+    void = relabelled(tmp_path / "a", lambda pixels: Image.fromarray(np.where(pixels == 1, 0, 255).astype(np.uint8)))
+    said = refused(segment, ["--data", void, "--out", tmp_path / "run", *SEGMENT], capsys)
+    assert "no pixel of 4 annotations in" in said and "classes count from 1, and 0 is unlabelled" in said
+    assert "add --void 255" in said and not (tmp_path / "run").exists()
+
+
+def test_classes_that_never_occur_are_named_with_how_to_count(tmp_path, capsys):
+    from_0 = relabelled(tmp_path / "a", lambda pixels: Image.fromarray(pixels - 1))
+    train, said = open_scenes(str(from_0), "training", 32), capsys.readouterr().err
+    assert np.unique(train[1][1]).tolist() == [1]                            # class 0 is ignored, and 1 is `road`
+    assert "warning: tree never occur in 4 annotations" in said and "if yours count from 0, add --void 255" in said
+
+
+@pytest.mark.parametrize("change", [lambda pixels: Image.fromarray(pixels - 1), lambda pixels: Image.fromarray(pixels == 2)])
+def test_with_void_255_classes_count_from_0_in_training_and_evaluation(change, tmp_path, capsys):
+    root = relabelled(tmp_path / "a", change)                                # 8 bits, and 1 bit
+    train = open_scenes(str(root), "training", 32, void=255)
+    assert [np.unique(train[i][1]).tolist() for i in range(2)] == [[1], [2]]
+    segment.main(["--data", str(root), "--void", "255", "--out", str(tmp_path / "run"), *SEGMENT])
+    trained = capsys.readouterr()
+    assert "never occur" not in trained.err
+    segment.main(["eval", str(tmp_path / "run"), "--json", "--workers", "0", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["test_iou"]) == 2 and None not in result["test_iou"]
+    Image.fromarray(np.full((32, 32), 2, np.uint8)).save(root / "annotations" / "training" / "0.png")
+    with pytest.raises(ValueError, match="holds class 2, but there are 2: correct it, with 255 for what is not labelled"):
+        train[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from elsewhere
+
+
+@pytest.mark.parametrize("place", ["state_dict", "module", "teacher", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module.encoder."])
+def test_checkpoints_of_other_trainers_are_read(place, prefix, tmp_path):
+    model = build("vit")
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({place: state, "epoch": 3, "optimizer": {}}, tmp_path / "theirs.pth")
+    other = VisionTransformer(model.cfg)
+    assert load_weights(other, tmp_path / "theirs.pth") == []
+    assert torch.equal(other.norm.weight, model.norm.weight)
+
+
+@pytest.mark.parametrize("step, alpha", [("vit", None), ("swiglu", None), ("soft_mask", 0.0)])
+def test_bare_weights_say_which_step_they_are_of(step, alpha, tmp_path):
+    model = VisionTransformer(config("nano", step, img_size=32, patch_size=8, num_classes=5))
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    checkpoint = open_checkpoint(tmp_path / "bare.pth")
+    assert (checkpoint["run"]["step"], checkpoint["run"]["size"], checkpoint["alpha"]) == (step, "nano", alpha)
+    assert checkpoint["config"] == asdict(model.cfg)
+    assert torch.equal(build_checkpoint(checkpoint).head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("content, said", [
+    (dict(arrays={"Transformer/encoder_norm/bias": np.zeros(3)}), "is an archive of NumPy arrays or of other files, not of PyTorch"),
+    (dict(weights={"blocks.0.attn.qkv.lora_A": torch.zeros(3)}), "these are LoRA's changes of weights .blocks.0.attn.qkv.lora_A., not"),
+    (dict(weights={"params": [1, 2], "step": 3}), "no weights were found under model, state_dict, .*, but params, step"),
+    (dict(weights={}), "no weights were found under .*, but nothing")])
+def test_files_that_are_no_weights_are_named_in_our_words(content, said, tmp_path):
+    if "arrays" in content:
+        np.savez(tmp_path / "file", **content["arrays"])
+    else:
+        torch.save(content["weights"], tmp_path / "file.npz")
+    with pytest.raises(ValueError, match=said) as error:
+        load_weights(build(), tmp_path / "file.npz")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_size_say_which_flags_to_give(photos, finished, tmp_path, capsys):
+    start = ["--data", photos, "--init-from", finished / "best.pt", "--epochs", "1", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    said = refused(train, [*start, "--out", tmp_path / "run"], capsys)
+    advice = "--size nano --step soft_mask --depth 2 --img-size 16 --patch-size 8"
+    assert f"the weights to start from are of another model: give {advice}\n" in said and not (tmp_path / "run").exists()
+    train.main([*map(str, start), *advice.split(), "--out", str(tmp_path / "run")])      # the remedy works
+    capsys.readouterr()
+    bare = VisionTransformer(config("nano", img_size=32, patch_size=16, num_classes=3))
+    torch.save(bare.state_dict(), tmp_path / "bare.pth")
+    start[3] = tmp_path / "bare.pth"
+    assert "give --size nano --step soft_mask --img-size 32 --patch-size 16\n" in refused(train, [*start, "--size", "nano"], capsys)
+
+
+def test_hub_works_beside_modules_of_the_same_names(tmp_path):
+    (tmp_path / "model.py").write_text("mine = 1\n")
+    (tmp_path / "data.py").write_text("mine = 2\n")
+    (tmp_path / "user.py").write_text(f"""
+import sys, torch
+def load():
+    return torch.hub.load({str(ROOT)!r}, "illama", source="local", size="nano", depth=1, num_classes=0)
+if sys.argv[1] == "before":
+    import model, data
+net = load()
+import model, data
+assert (model.mine, data.mine) == (1, 2) and "harness" not in sys.modules
+assert net(torch.zeros(2, 3, 224, 224)).shape == (2, 128) and load() is not net
+""")
+    for when in ("before", "after"):
+        subprocess.run([sys.executable, "user.py", when], cwd=tmp_path, check=True, env=environment(PYTHONPATH=""))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and resuming
+
+
+def test_a_run_in_a_read_only_folder_continues_in_another_one(photos, tmp_path, capsys, monkeypatch):
+    whole, stopped, new = tmp_path / "whole", tmp_path / "stopped", tmp_path / "new"
+    train.main(flags(photos, whole))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        update = Monitor.update
+
+        def stop_in_the_second_epoch(monitor, *args):
+            update(monitor, *args)
+            stop_requests.extend([15] * (monitor.state.iteration == 4))
+        patch.setattr(Monitor, "update", stop_in_the_second_epoch)
+        train.main(flags(photos, stopped))
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    monkeypatch.setattr("builtins.open", refuse_writing(stopped))
+    said = refused(train, ["--resume", stopped, "--workers", "0"], capsys)
+    assert f"{stopped} cannot be written (Read-only file system): continue in another folder with --resume {stopped} --out" in said
+    train.main(["--resume", str(stopped), "--out", str(new), "--workers", "0", "--device", "cpu"])
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    assert equal(load(new / "last.pt")["model"], load(whole / "last.pt")["model"]) and metrics(new) == metrics(whole)
+    capsys.readouterr()
+    assert "holds another run" in refused(train, ["--resume", stopped, "--out", new], capsys)
+
+
+def refuse_writing(folder):
+    """open(), for which files of a folder are on a read-only file system: root may write anywhere else."""
+    def opened(file, mode="r", *more, **others):
+        if Path(str(file)).parent == folder and "r" not in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(file, mode, *more, **others)
+    real = open
+    return opened
 
 
 def test_resume_with_a_path_does_not_look_below_it(photos, finished, tmp_path, capsys):
