@@ -140,7 +140,7 @@ def lr_at(iteration, recipe, iterations_per_epoch):
     """Warm-up from 0 to the peak, both included, then a cosine that would reach min_lr one iteration after the last."""
     warmup, total = recipe.warmup_epochs * iterations_per_epoch, recipe.epochs * iterations_per_epoch
     if iteration < warmup:
-        return recipe.lr * iteration / max(1, warmup - 1)
+        return recipe.lr * iteration / (warmup - 1) if warmup > 1 else recipe.lr
     progress = (iteration - warmup) / (total - warmup)
     return recipe.min_lr + (recipe.lr - recipe.min_lr) / 2 * (1 + math.cos(math.pi * progress))
 

@@ -11,7 +11,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from harness.flags import InputError, plural, require, shorten
-from harness.processes import print_rank0
+from harness.processes import print_line, print_rank0
 
 
 def read_image(path, upright=False, convert=True):
@@ -25,7 +25,7 @@ def read_image(path, upright=False, convert=True):
             if upright:
                 image = ImageOps.exif_transpose(image)
             if convert and image.mode.startswith(("I", "F")):
-                image = eight_bits(image)
+                image = eight_bits(image, path)
             return image.convert("RGB") if convert else image.copy()
     except Exception as error:                           # decoders raise half a dozen types
         raise InputError(f"{path} cannot be read as an image ({error}): replace or remove "
@@ -42,13 +42,22 @@ def image_files(path):
     return files
 
 
-def eight_bits(image):
-    """An image of 16 bits, scaled: convert() would clip its values. ValueError for other ranges."""
+warned = []                  # the first file of 16 bits whose values are of fewer
+
+
+def eight_bits(image, path):
+    """An image of 16 bits, scaled: convert() would clip its values. Scanners and microscopes also
+    write 8 or 12 bits so: a warning, once, names the first. ValueError for other ranges."""
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2 ** 16:
         raise ValueError(f"pixels of {pixels.dtype}, {pixels.min():g} to {pixels.max():g}, are "
                          "neither 8 nor 16 bits")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    bits = next(bits for bits in (8, 12, 16) if pixels.max() < 2 ** bits)
+    if bits < 16 and not warned:
+        warned.append(path)
+        print_line(f"warning: {path} has 16 bits, but values up to {pixels.max()}: taken as {bits} "
+                   "bits", sys.stderr)
+    return Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
 
 
 def class_folders(folder):

@@ -97,7 +97,7 @@ MANY = 10 ** 9
 BOUNDS = {  # of numbers by name; others are from 0 to MANY
     **dict.fromkeys("""img_size patch_size width depth heads epochs batch_size micro_batch
                     iterations eval_every short_side seeds jobs repeats larger_epochs
-                    pretrain_epochs img_sizes batch_sizes""".split(), (1, MANY)),
+                    pretrain_epochs img_sizes batch_sizes images""".split(), (1, MANY)),
     **dict.fromkeys("label_smoothing erasing alpha layer_decay".split(), (0, 1)),
     "drop_path": (0, 0.99),
     "seed": (-math.inf, math.inf),

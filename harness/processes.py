@@ -256,6 +256,10 @@ def report_errors():
     outer = bool(replaced)               # this main() was called by that of another program
     try:
         yield
+        print(end="", flush=True)        # what was printed, while errors are still reported
+    except BrokenPipeError:              # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # flushed at exit
+        sys.exit(1)
     except (InputError, RuntimeError, OSError) as error:
         text = str(error)
         known = [reason for words, reason in REFUSALS.items() if re.search(words, text, re.I)]

@@ -21,7 +21,7 @@ from torchvision import datasets
 
 from data import MEAN, STD, Images, loader, train_batches, train_transform
 from harness.files import open_folder
-from harness.flags import Parser, check_bounds
+from harness.flags import Parser, check_bounds, nonempty, require
 from harness.processes import report_errors
 from replication.bench_model import medians_in_turns, peer
 from replication.properties import append_row
@@ -67,7 +67,10 @@ def consume(batches):
 def ways_to_load(args):
     """({name: function that loads images}, how many)"""
     images = Images(open_folder(args.path, "train"), partial(train_transform, size=224, augment=True))
-    n_batches = min(len(images.source), args.images * max(1, args.workers)) // args.batch_size
+    count = min(len(images.source), args.images * max(1, args.workers))
+    n_batches = count // args.batch_size
+    require(n_batches, f"{count} images are less than one --batch-size {args.batch_size}: make that smaller, or --images "
+            "larger")
     ours = list(islice(train_batches(len(images.source), args.batch_size), n_batches))
     theirs = [[index for _, index in batch] for batch in ours]
     ways = {}
@@ -89,7 +92,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=320, help="how many, per worker")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", help="append the rows to this file as well")
+    parser.add_argument("--out", type=nonempty, help="append the rows to this file as well")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     if args.make:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from harness.flags import InputError, Parser, check_bounds, require
+from harness.flags import InputError, Parser, check_bounds, nonempty, require
 from harness.processes import DEVICES, processor, report_errors, use_tf32, wrap
 from harness.run import Machine
 from model import SIZES, VisionTransformer, config
@@ -162,7 +162,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inference", action="store_true", help="a forward pass, not a training step")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
-    parser.add_argument("--out", help="append the rows to this file as well")
+    parser.add_argument("--out", type=nonempty, help="append the rows to this file as well")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     device = one_process(args.device)

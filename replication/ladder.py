@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import open_data
-from harness.flags import InputError, Parser, check_bounds, flag, require
+from harness.flags import InputError, Parser, check_bounds, flag, nonempty, require
 from harness.processes import DEVICES, default_workers, report_errors, stop_on_signals, stop_requests
 from train import parse
 
@@ -157,7 +157,7 @@ def parser_of_runs(program, description, out=None):
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of each run")
     parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their rows"
+    parser.add_argument("--out", type=nonempty, default=out, help="folder of the runs and their rows"
                         + ("" if out else "; default: one in out/, named by the other flags"))
     return parser
 
@@ -166,6 +166,7 @@ def parse_runs(parser, argv):
     """The flags of such a program, checked, and what is needed before the first run."""
     args = parser.parse_args(argv)
     check_bounds(vars(args))
+    args.out = args.out and Path(args.out)
     open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
     stop_on_signals()                                                   # its runs save themselves
     return args

@@ -30,7 +30,7 @@ from downstream.attention import class_token_attention
 from eval import evaluate, open_model, open_val, predict, score
 from harness.checkpoint import describe
 from harness.files import open_folder
-from harness.flags import Parser, check_bounds, require, shorten
+from harness.flags import Parser, check_bounds, nonempty, require, shorten
 from harness.processes import report_errors, setup
 from harness.run import add_eval_flags
 from harness.shapes import DRAWN, Shapes
@@ -378,7 +378,7 @@ def parser_of_checkpoints(program, description):
     parser = Parser(prog=f"python -m replication.{program}", description=description)
     parser.add_argument("checkpoints", nargs="+", help="runs' folders, their checkpoints, or published weights")
     add_eval_flags(parser)
-    parser.add_argument("--out", help="append the rows to this file")
+    parser.add_argument("--out", type=nonempty, help="append the rows to this file")
     return parser
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from downstream.segment import open_segmenter, open_validation, validation
 from downstream.segmenter import by_window, confusion, resize, scores, stitch
-from harness.flags import Parser, overrides
+from harness.flags import Parser, nonempty, overrides
 from harness.processes import report_errors
 from replication.properties import append_row, one_process
 
@@ -67,7 +67,7 @@ def main(argv=None):
     parser = Parser(prog="python -m replication.where", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="runs of downstream.segment")
     parser.add_argument("--data", help="a folder in ADE20K's layout; default: each run's own")
-    parser.add_argument("--out", help="append the rows to this file")
+    parser.add_argument("--out", type=nonempty, help="append the rows to this file")
     args = parser.parse_args(argv)
     device = one_process("cpu")
     for source in args.checkpoints:

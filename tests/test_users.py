@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from harness.files import open_folder, read_image
 from harness.processes import stop_requests
 from harness.run import Monitor
 from model import VisionTransformer, config
-from replication import ladder
+from replication import bench_data, ladder, properties
 from test_model import build
 
 
@@ -92,6 +92,16 @@ def test_pixels_without_a_known_range_are_refused(pixels, said, tmp_path):
             read_image(tmp_path / "a.tiff")
     else:
         assert read_image(tmp_path / "a.tiff").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("largest, bits", [(200, 8), (3200, 12), (51200, 16)])
+def test_values_of_8_or_12_bits_in_16_are_not_read_as_black(largest, bits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("harness.files.warned", [])
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.array([[0, largest // 2], [largest // 4, largest]], np.uint16)).save(tmp_path / name)
+        assert read_image(tmp_path / name).getpixel((1, 1)) == (200, 200, 200)
+    said = f"warning: {tmp_path}/a.png has 16 bits, but values up to {largest}: taken as {bits} bits\n"
+    assert capsys.readouterr().err == ("" if bits == 16 else said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,3 +367,31 @@ def test_damaged_rows_of_many_runs_are_named(rows, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(rows)
     said = refused(ladder, ["--data", "shapes", "--out", tmp_path], capsys)
     assert "rows.jsonl does not have a JSON object in each line" in said and "repair or remove it" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of nothing, and pipes
+
+
+def test_a_warm_up_of_one_iteration_takes_the_peak():
+    recipe = replace(train.RECIPES["small-data"], warmup_epochs=1, epochs=1)
+    assert train.lr_at(0, recipe, 1) == recipe.lr                            # a run of a single iteration trains
+    assert train.lr_at(0, recipe, 2) == 0 and train.lr_at(1, recipe, 2) == recipe.lr
+
+
+def test_fewer_images_than_a_batch_are_no_speed(photos, capsys):
+    said = refused(bench_data, [photos, "--models", "ours", "--batch-size", "32"], capsys)
+    assert "24 images are less than one --batch-size 32: make that smaller" in said
+    assert "--images is 0; it must be at least 1" in refused(bench_data, [photos, "--images", "0"], capsys)
+
+
+@pytest.mark.parametrize("program, argv", [(bench_data, ["PATH"]), (properties, ["RUN", "--measure", "rank"]), (ladder, [])])
+def test_an_empty_out_is_refused(program, argv, capsys):
+    assert "argument --out: it is empty: give a value, or drop the flag" in refused(program, [*argv, "--out", ""], capsys)
+
+
+def test_a_pipe_that_has_read_enough_ends_a_program_quietly(finished):
+    command = [sys.executable, "-m", "downstream.compare", finished]
+    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    process.stdout.close()                                                   # as `| head` does
+    assert process.stderr.read() == b"" and process.wait() in (0, 1)
