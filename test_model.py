@@ -387,6 +387,7 @@ def test_it_is_exported_for_any_number_of_images(step):
     torch.testing.assert_close(exported.module()(hashed_images(3)), model(hashed_images(3)), atol=1e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")                                        # of what torch deprecates
 @every_step
 def test_other_tools_of_torch_take_it(step):
     model, images = build(step, alpha=0.3 if "soft" in step else None), hashed_images(2)
@@ -401,6 +402,7 @@ def test_other_tools_of_torch_take_it(step):
         model(hashed_images(2, 64))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_step
 def test_gradients_of_single_images_by_vmap_are_those_of_a_loop(step):
     model, images = build(step, alpha=0.3 if "soft" in step else None), hashed_images(2)
@@ -485,7 +487,10 @@ def test_what_follows_from_the_configuration_is_in_float32_and_can_be_made_again
 
 def test_without_classes_it_gives_features():
     model, images = build(), hashed_images(2)
-    features = build(num_classes=0)(images)
+    encoder = VisionTransformer(replace(model.cfg, num_classes=0)).eval()
+    notes = load_weights(encoder, model.state_dict(), new_head=True)
+    features = encoder(images)
+    assert notes == ["new head: 10 classes before, 0 now"]
     torch.testing.assert_close(features, model.forward_features(images)[:, -1], atol=1e-5, rtol=0)
 
 

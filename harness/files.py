@@ -122,9 +122,9 @@ def open_folder(root, split, classes=None, known=()):
             "each class; ImageNet's validation images are sorted by "
             "torchvision.datasets.ImageNet(PATH, 'val'), from their archive and the development "
             "kit")
-    require(classes or len(found) > 1, f"{folder} has one class folder, {found[0]}, and there is "
-            "nothing to tell apart: give a folder with train/ and val/ that have two or more "
-            "(perhaps the path is one level off)")
+    require(classes or len(found) > 1 or split != "train", f"{folder} has one class folder, "
+            f"{found[0]}, and there is nothing to tell apart: give a folder with train/ and val/ "
+            "that have two or more (perhaps the path is one level off)")
     classes = found if classes is None else list(classes)
     unknown = [name for name in found if name not in classes]
     require(not unknown, f"{folder} has the class folders {shorten(unknown)}, which are not among "
