@@ -80,6 +80,11 @@ def most_likely(logits, classes):
     return {classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())}
 
 
+def percent(likely, separator):
+    """What most_likely() says, in words."""
+    return separator.join(f"{100 * p:5.1f} %  {name}" for name, p in likely.items())
+
+
 def classify(model, files, classes, transform, device, dtype=torch.float32):
     """most_likely() of each of some image files, whatever their sizes."""
     images = (Images([(read_image(file, upright=True), 0)], transform)[0, 0] for file in files)
@@ -144,11 +149,11 @@ def main(argv=None):
         found = classify(model, files, classes, transform, device, dtype)
         if Path(args.image).is_dir():                    # a line each
             result = [dict(image=str(file), classes=top) for file, top in zip(files, found)]
-            lines = "\n".join(f"{file.name}  " + ", ".join(
-                f"{name} {100 * p:.1f} %" for name, p in top.items()) for file, top in zip(files, found))
+            lines = "\n".join(f"{file.name}  {percent(top, '  ')}"
+                              for file, top in zip(files, found))
         else:
             [result] = found
-            lines = "\n".join(f"{100 * p:5.1f} %  {name}" for name, p in result.items())
+            lines = percent(result, "\n")
     else:
         val = open_val(args.checkpoint, checkpoint, model, args.data)
         batches = eval_batches(len(val), args.batch_size, rank, world)
