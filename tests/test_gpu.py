@@ -59,8 +59,8 @@ def test_float32_logits_and_gradients_are_those_of_the_cpu(step, alpha):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 
-@pytest.mark.parametrize("step, graphs", [("vit", 1), ("abs_pos", 1), ("soft_mask", 1), ("soft_log", 2)])
-def test_it_compiles_in_one_graph_and_the_soft_masks_switch_recompiles_at_most_once(step, graphs):
+@pytest.mark.parametrize("step", ["vit", "abs_pos", "soft_mask", "soft_log"])
+def test_it_compiles_in_one_graph_and_not_again_when_alpha_changes(step):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net = build(step).to(DEVICE).train()
@@ -76,14 +76,14 @@ def test_it_compiles_in_one_graph_and_the_soft_masks_switch_recompiles_at_most_o
         if "soft" in step:
             net.set_soft_mask(alpha)
         torch.testing.assert_close(compiled(images).detach(), logits, rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("step, alpha", [("vit", None), ("abs_pos", None), ("soft_log", 0.0), ("soft_log", 0.5)])
 def test_masks_before_the_softmax_take_a_fused_kernel(step, alpha):
     net, dtype = build(step, alpha).to(DEVICE), torch.bfloat16
     fused = [SDPBackend.FLASH_ATTENTION]
-    if alpha == 0.5:                                     # with a table of scores
+    if step != "vit":                                    # with a table: the class token's row in the last block, too
         fused.append(SDPBackend.EFFICIENT_ATTENTION)
     with torch.autocast(DEVICE, dtype), sdpa_kernel(fused):                  # an error if none of them applies
         assert net(hashed_images(2).to(DEVICE)).isfinite().all()
