@@ -82,7 +82,6 @@ for step in ("abs_pos", "rmsnorm"):
     assert "registers" in model.no_weight_decay()
     maps = model.attention_maps(images)
     assert maps.shape[-1] == 21 and maps[..., model.patches].shape[-1] == 16
-    marked = model.pos_embed.detach()[0, :, 0].clone()
     assert_close(model.embed(images)[:, model.patches], model.patch_embed.proj(images).flatten(2).mT + model.pos_embed[:, model.patches])
     larger = VisionTransformer(config("nano", step, depth=2, img_size=64, patch_size=8, num_classes=3, registers=4))
     assert load_weights(larger, model.state_dict()) == ["learned positions resized from 16 to 64 patches"]
