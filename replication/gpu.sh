@@ -94,7 +94,7 @@ photos() {    # the folder of photos, made if there is none
     local count=$1
     if [ -z "${PHOTOS:-}" ]; then
         PHOTOS=$out/photos
-        [ -d "$PHOTOS/train" ] || run "$python" -m replication.bench_data "$PHOTOS" --make "$count" --images 0 --repeats 1 --models ours
+        [ -d "$PHOTOS/train" ] || run "$python" -m replication.bench_data "$PHOTOS" --make "$count" --images 32 --repeats 1 --models ours
     fi
 }
 

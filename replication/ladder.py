@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from data import open_data
 from harness.flags import InputError, Parser, check_bounds, flag, nonempty, require
 from harness.processes import DEVICES, default_workers, report_errors, stop_on_signals, stop_requests
+from harness.run import write
 from train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,9 @@ FLAGS = ("--recipe small-data --size nano --width 96 --heads 3 --depth 4 --patch
 # Size T itself, for a GPU. RandAugment is left out: the cores beside a GPU would need longer for it than that trains.
 LONG = ("--recipe small-data --size tiny --patch-size 4 --batch-size 512 --micro-batch 512 --lr 1e-3 --drop-path 0.1 "
         "--mixup 0.8 --cutmix 1.0 --erasing 0.25 --dtype bfloat16 --compile")
+
+
+MAY_DIFFER = ("seeds", "steps", "device", "jobs", "out")        # between calls for the same folder of runs
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,31 @@ def read_rows(file):
     return rows
 
 
+def commit():
+    """Of this code, with -dirty where files were changed; None where git does not know it."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def claim(folder, args):
+    """Make a folder for runs, which belongs to one program and one set of flags, and says so in about.json.
+    InputError if it belongs to others."""
+    file, about = folder / "about.json", {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    before = json.loads(file.read_text()) if file.exists() else about
+    for name in sorted(before.keys() | about):
+        was, now = before.get(name), about.get(name)
+        require(was == now, f"{folder} holds runs with {flag(name)} {was!r}, not {now!r}: give another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, json.dumps(about).encode())
+
+
 def train_all(runs, args, curve=False):
     """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have their row in
     rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
-    table, left = args.out / "rows.jsonl", {}
+    claim(args.out, args)
+    table, left, code = args.out / "rows.jsonl", {}, commit()
     done = read_rows(table)
     for name, (command, fields) in runs.items():
         fields = fields | dict(flags=" ".join(map(str, command[1:])))
@@ -137,7 +163,7 @@ def train_all(runs, args, curve=False):
             name = futures[future]
             if future.result() == 0:
                 epochs = read_rows(args.out / name / "metrics.jsonl")
-                row = epochs[-1] | left[name][1]
+                row = epochs[-1] | left[name][1] | dict(commit=code)
                 if curve:
                     row["acc1_by_epoch"] = [epoch["test_acc1"] for epoch in epochs]
                 with open(table, "a") as file:
@@ -166,7 +192,7 @@ def parse_runs(parser, argv):
     """The flags of such a program, checked, and what is needed before the first run."""
     args = parser.parse_args(argv)
     check_bounds(vars(args))
-    args.out = args.out and Path(args.out)
+    args.out, args.program = args.out and Path(args.out), parser.prog
     open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
     stop_on_signals()                                                   # its runs save themselves
     return args
@@ -177,14 +203,15 @@ def main(argv=None):
     parser = parser_of_runs("ladder", __doc__)
     parser.add_argument("--steps", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--long", action="store_true", help="size T, for a GPU and more epochs")
-    parser.add_argument("--with", dest="more", metavar="FLAGS", default="", help='more flags of train.py '
+    parser.add_argument("--with", metavar="FLAGS", default="", help='more flags of train.py '
                         'for all runs, as in --with="--lr 5e-4"')
     args = parse_runs(parser, argv)
-    more = shlex.split(args.more)
+    more = shlex.split(vars(args)["with"])
     given = parse(more)
     own = given.keys() & {"data", "epochs", "step", "seed", "device", "workers", "out", "resume"}
     require(not own, f"--with sets {', '.join(map(flag, sorted(own)))}, which the ladder does itself: leave that out")
-    args.out = args.out or Path("out", f"ladder-long-{args.epochs}" if args.long else f"ladder-{args.epochs}")
+    name = ["ladder-long" if args.long else "ladder", str(args.epochs), *re.findall(r"[\w.]+", " ".join(more))]
+    args.out = args.out or Path("out", "-".join(name))
     runs = {}
     for seed in range(args.seeds):
         for step in args.steps:
@@ -193,8 +220,8 @@ def main(argv=None):
                        *step_flags(step).split(), "--seed", str(seed), *more]
             fields = dict(step=step, seed=seed, epoch=args.epochs - 1)
             if more:
-                fields["with"] = args.more
-            runs["-".join([step, str(seed), *re.findall(r"[\w.]+", args.more)])] = command, fields
+                fields["with"] = vars(args)["with"]
+            runs[f"{step}-{seed}"] = command, fields
     sys.exit(0 if train_all(runs, args, curve=args.long) else 1)
 
 

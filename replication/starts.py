@@ -74,11 +74,12 @@ def train_smaller(args, starts, larger, program, suffix=""):
 
 @report_errors()
 def main(argv=None):
-    parser = parser_of_runs("starts", __doc__, Path("out", "select"))
+    parser = parser_of_runs("starts", __doc__)
     parser.add_argument("--larger-epochs", type=int, default=4)
     parser.add_argument("--other-classes", action="store_true", help="the larger model is trained on half of the "
                         "classes, the smaller ones on the others")
     args = parse_runs(parser, argv)
+    args.out = args.out or Path("out", "select-other" if args.other_classes else "select")
     if args.other_classes:
         open_part(f"{args.data}:first", "train", 32)                 # refused now if these data have no parts
         program = ["-m", "replication.transfer", "train", "--data"]
