@@ -269,7 +269,7 @@ def main(argv=None, architecture=VisionTransformer):
 
     # Flags, and the run to resume
     given = parse(argv)
-    folder = RunFolder(given)
+    folder = RunFolder(given, architecture)
     run, recipe, cfg = resolve(given, folder.checkpoint)
     machine, state = Machine(**pick(Machine, given)), State(**pick(State, folder.checkpoint or {}))
     rank, world, device, dtype = setup(machine.device, run.dtype)

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from data import Images, eval_transform, normalize
 from eval import open_model
-from harness.files import read_image
+from harness.files import read_image, save_png
 from harness.flags import Parser, nonempty, require
 from harness.processes import report_errors
 
@@ -40,7 +40,7 @@ def draw_attention(model, pixels, path):
         heat = (255 * heat).byte().view(grid, grid).numpy()
         mask = Image.fromarray(heat).resize((side, side), Image.Resampling.BICUBIC)
         page.paste(Image.composite(image, dark, mask), (block * side, 0))
-    page.save(path)
+    save_png(page, path, "downstream.attention")
 
 
 @report_errors()

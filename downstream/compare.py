@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from harness.files import replacing
 from harness.flags import InputError, Parser, needs, overrides, pick, require
 from harness.processes import print_line, report_errors
 from model import Config
@@ -92,7 +93,8 @@ def draw(Figure, names, runs, path):
         ax.grid(alpha=0.3)
     labels = [name.replace("$", r"\$") for name in names]        # no formulas
     fig.legend(ax.lines, labels, loc="outside lower center", frameon=False)
-    fig.savefig(path, dpi=130)
+    with replacing(path, "downstream.compare") as file:
+        fig.savefig(file, dpi=130, metadata=dict(Creator="downstream.compare"))
 
 
 @report_errors()

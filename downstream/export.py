@@ -7,7 +7,6 @@
 The file also holds, as JSON, what evaluation needs beside the model: its configuration, classes, mean and so on.
 """
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from data import MEAN, STD
 from eval import open_model
 from harness.checkpoint import CHECKPOINT
+from harness.files import replacing
 from harness.flags import Parser, needs, nonempty, require
 from harness.processes import report_errors
 
@@ -23,16 +23,14 @@ KINDS = (".pt2", ".onnx", ".safetensors")
 
 def export(model, path, checkpoint, more):
     """Write the file: from normalized images (B, 3, img_size, img_size), any number of them, to logits, on a CPU or
-    wherever it is moved. InputError for another kind of file, a missing package, or a file that is there. `more` is for
-    the JSON."""
+    wherever it is moved. InputError for another kind of file, a missing package, or a file of another program. `more` is
+    for the JSON."""
     path, model = Path(path), model.cpu().eval()
-    about = json.dumps({name: checkpoint[name] for name in CHECKPOINT if name != "model"} | more)
+    about = {name: checkpoint[name] for name in CHECKPOINT if name != "model"} | more
+    about = json.dumps(about | dict(made_by="downstream.export"))
     require(path.suffix in KINDS, f"{path}: give a name that ends in one of {', '.join(KINDS)}")
-    require(not path.exists(), f"{path} exists: give another name, or remove it")
-    require(path.parent.is_dir(), f"{path}: {path.parent} is no folder: make it, or give another name")
-    part = path.with_stem(f"{path.stem}-part")           # until it is whole
-    write_model(model, part, about)
-    os.replace(part, path)
+    with replacing(path, "downstream.export") as file:
+        write_model(model, file, about)
 
 
 def write_model(model, path, about):

@@ -16,9 +16,10 @@ from data import Images, eval_batches, eval_transform, loader, normalize
 from downstream.selection import LLAMA
 from eval import open_model, open_val
 from harness.checkpoint import CHECKPOINT
+from harness.files import replacing
 from harness.flags import Parser, check_bounds, needs, nonempty, require
 from harness.processes import report_errors
-from harness.run import write
+from harness.run import packed
 
 
 def half_split(rows, heads):
@@ -99,12 +100,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     out, cpu = Path(args.out), torch.device("cpu")
-    require(not (out / "config.json").exists(), f"--out {out} holds another model or run: give another folder")
     model, checkpoint = open_model(args.checkpoint, cpu)
     llama = to_llama(model)
-    llama.save_pretrained(out)
     rest = {name: value for name, value in model.state_dict().items() if not name.startswith(("blocks.", "norm."))}
-    write(out / "vision.pt", {name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest))
+    with replacing(out, "downstream.llama") as folder:
+        llama.save_pretrained(folder)
+        (folder / "vision.pt").write_bytes(packed({name: checkpoint[name] for name in CHECKPOINT} | dict(model=rest)))
     count = sum(p.numel() for p in llama.parameters())
     print(f"{out} has a LlamaModel of {count:,} parameters, and beside it vision.pt")
     if args.check:

@@ -29,6 +29,7 @@ from downstream.scenes import SPLITS, VOID, Annotated, eval_transform, open_scen
 from downstream.segmenter import HEADS, Segmenter, evaluate, pixel_loss, predict
 from harness.checkpoint import (CHECKPOINT, load_strictly, load_weights, open_checkpoint, read_checkpoint,
                                 require_keys)
+from harness.files import save_png
 from harness.flags import (Parser, check_bounds, checked_config, flag, nonempty, overrides, parse_flags, pick, require,
                            shorten, split_batch, with_saved)
 from harness.processes import (DEVICES, DTYPES, default_workers, is_rank_0, once_per_node, print_rank0, report_errors,
@@ -200,7 +201,7 @@ def validation(val, rank=0, world=1, workers=0, device=torch.device("cpu")):
 def train(argv):
     started = time.perf_counter()
     given = parse(argv)
-    folder = RunFolder(given, below="out/segment", segments=True)
+    folder = RunFolder(given, Segmenter, below="out/segment")
     checkpoint = folder.checkpoint
     run, recipe = resolve(given, checkpoint)
     machine = Machine(**pick(Machine, given))
@@ -351,9 +352,6 @@ def evaluate_run(argv):
     require(not (args.image and (args.data or args.json)),
             "--image segments one image alone, and draws it: drop it, or --data and --json")
     require(Path(args.draw).suffix == ".png", f"--draw {args.draw}: give a name that ends in .png")
-    existed = args.image and Path(args.draw).exists()
-    require(not (existed and Path(args.draw).samefile(args.image)), f"--draw {args.draw} is the image itself: give "
-            "another name")
 
     rank, world, device, dtype = setup(args.device, args.dtype)
     model, checkpoint = open_segmenter(args.checkpoint, device)
@@ -366,10 +364,8 @@ def evaluate_run(argv):
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = predict(model, TF.pil_to_tensor(image).to(device), short_side, **views).argmax(0).cpu()
         if is_rank_0():
-            draw(image, predicted, classes).save(args.draw)
+            save_png(draw(image, predicted, classes), args.draw, "downstream.segment")
         text = f"{args.draw} has {args.image}, the class of each pixel, and the legend"
-        if existed:
-            text += "; it replaces what was there"
     else:
         val = open_validation(checkpoint, args.data)
         batches = validation(val, rank, world, args.workers, device)

@@ -21,10 +21,11 @@ import torch
 from data import seed_of
 from harness.checkpoint import (load_strictly, open_checkpoint, read_safetensors, resize_positions,
                                 weights_of)
+from harness.files import replacing
 from harness.flags import (InputError, Parser, add_flags, check_bounds, checked_config, flags_of, nonempty, overrides,
                            pick, require, shorten)
 from harness.processes import report_errors
-from harness.run import write
+from harness.run import packed
 from model import MASKS, SIZES, STEPS, Config, VisionTransformer, config
 
 LLAMA = {  # Hugging Face's names in a layer: ours in a block
@@ -216,11 +217,10 @@ def main(argv=None):
         classes = None
     checkpoint = dict(model=model.state_dict(), config=asdict(cfg), classes=classes, alpha=0.0 if cfg.soft else None,
                       run={name: run[name] for name in ("size", "step", "data", "dtype", "seed")})
-    out = Path(given["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, checkpoint)
+    with replacing(given["out"], "downstream.selection") as file:
+        file.write_bytes(packed(checkpoint | dict(made_by="downstream.selection")))
     flags = dict(size=run["size"], step=run["step"]) | overrides(cfg, run["size"], run["step"])
-    flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(str(out)))
+    flags |= dict(img_size=cfg.img_size, patch_size=cfg.patch_size, init_from=shlex.quote(given["out"]))
     print(f"weights of {given['larger']}, selected by the rule {given['rule']}; fresh: {shorten(fresh) or 'none'}\n"
           f"train it: python train.py{flags_of(flags)}")
 

@@ -1,12 +1,15 @@
-"""Image files and folders of classes: what they hold is an image in RGB, or an InputError that
-names the file."""
+"""Files: images and folders of classes, which hold an image in RGB or are an InputError that names
+the file; and what programs write."""
 import os
 import sys
+import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -131,3 +134,38 @@ def open_folder(root, split, classes=None, known=()):
             f"the {len(classes)} classes that are known ({shorten(classes)}): use the data that "
             "the model was trained on")
     return ImageFolder(folder, classes)
+
+
+@contextmanager
+def replacing(path, program):
+    """Where to write what becomes `path` at the end, a file or a folder: an interrupted program and
+    a full disk leave what was there. A device is written to itself.
+
+    InputError if it cannot be written, or if something is there that `program` did not make: the
+    files of one hold its name.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    if path.is_dir():
+        require(not any(path.iterdir()), f"{path} is a folder that is not empty: give another name")
+    elif path.exists():
+        require(program.encode() in path.read_bytes(), f"{path} is there, and not of {program}: "
+                "give another name, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): make that possible, or give "
+                         "another name") from error
+
+
+def save_png(image, path, program):
+    """Write a PIL image, with the name of the program in it."""
+    text = PngInfo()
+    text.add_text("Software", program)
+    with replacing(path, program) as file:
+        image.save(file, pnginfo=text)

@@ -1,6 +1,6 @@
 """A run's folder, and what happens beside the training.
 
-    folder = RunFolder(given)                    # finds the run to resume: folder.checkpoint
+    folder = RunFolder(given, architecture)      # finds the run to resume: folder.checkpoint
     folder.check(settings, state)                # the same on all ranks, and as in the checkpoint
     folder.open(model, optimizer, scaler)        # makes or locks the folder, restores the optimizer
     monitor = Monitor(folder, started, losses)   # progress, losses that are not finite, signals
@@ -78,12 +78,17 @@ def name_of(settings):
     return name.replace(" --", "-").replace(" ", "-") + (f"-{head}" if head else "")
 
 
+def packed(checkpoint):
+    """Its bytes. torch.save into a full disk would hide the reason."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
+
+
 def write(path, content):
     """Replace a file by bytes, or by a checkpoint; at any moment it is intact, old or new."""
     if isinstance(content, dict):
-        buffer = io.BytesIO()            # torch.save into a full disk would hide the reason
-        torch.save(content, buffer)
-        content = buffer.getbuffer()
+        content = packed(content)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -151,8 +156,10 @@ def find_checkpoint(given, below):
 def make_folder(out, name, below, resuming):
     """A new run's folder: `out`, or below/NAME-N, N the first free number."""
     if out:
-        # A run that died before its first checkpoint left config.json
-        existing = FILES[1:] if resuming else FILES
+        # A run that died before its first checkpoint left config.json; other programs write one, too
+        config = Path(out, FILES[0])
+        ours = resuming and config.exists() and '"recipe"' in config.read_text(errors="replace")
+        existing = FILES[1:] if ours else FILES
         require(not any(Path(out, file).exists() for file in existing), f"--out {out} holds "
                 "another run: give another folder, or add --resume to continue it")
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -172,10 +179,11 @@ class RunFolder:
     of settings_of(). state: a dataclass, what else differs between two checkpoints.
     """
 
-    def __init__(self, given, below="out", segments=False):
-        """given: of parse_flags(). below: the folder of all runs, which are those of
-        downstream.segment if `segments`."""
+    def __init__(self, given, architecture, below="out"):
+        """given: of parse_flags(). architecture: the model's class. below: the folder of all runs.
+        """
         self.out, self.below, self.resuming = given.get("out", ""), below, "resume" in given
+        self.architecture = architecture.__name__
         self.file, self.checkpoint, self.lock = find_checkpoint(given, below), None, None
         self.moves = bool(self.file and given["resume"] and self.out)        # to the folder --out
         if self.file:
@@ -183,16 +191,17 @@ class RunFolder:
                 self.lock = lock(self.file.parent)       # before it is read
             self.checkpoint = read_checkpoint(self.file)
             require_keys(self.checkpoint, RESUMABLE, self.file)
-            program = "train.py" if segments else "downstream.segment"
-            require(("head" in self.checkpoint["recipe"]) == segments, f"{self.file} is a run of "
-                    f"{program}: resume it with that program, or start from its weights with "
-                    "--init-from")
+            # Earlier versions did not say
+            usual = "Segmenter" if "head" in self.checkpoint["recipe"] else "VisionTransformer"
+            theirs = self.checkpoint.get("architecture", usual)
+            require(theirs == self.architecture, f"{self.file} is a run of another program, which "
+                    f"trains {theirs}, not {self.architecture}: resume it with that program")
 
     def check(self, settings, state):
         """InputError if there are too few images, if the data are not those of the run to resume,
         or if ranks were given other flags or data, or a --resume and --out that they do not share.
         """
-        self.settings, self.state = settings, state
+        self.settings, self.state = settings | dict(architecture=self.architecture), state
         data, batch_size = settings["run"]["data"], settings["recipe"]["batch_size"]
         require(settings["train_images"] >= batch_size, f"--data {data} has "
                 f"{settings['train_images']} training images, less than one --batch-size "
@@ -290,7 +299,7 @@ class RunFolder:
 
     def log(self, row):
         """Add a line to metrics.jsonl."""
-        self.rows.append(json.dumps(row).encode())
+        self.rows.append(json.dumps(row, allow_nan=False).encode())
         if is_rank_0():
             write(self.path / "metrics.jsonl", b"".join(row + b"\n" for row in self.rows))
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from data import MEAN, STD, Images, loader, train_batches, train_transform
-from harness.files import open_folder
+from harness.files import open_folder, replacing
 from harness.flags import Parser, check_bounds, nonempty, require
 from harness.processes import report_errors
 from replication.bench_model import medians_in_turns, peer
@@ -96,7 +96,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     if args.make:
-        make(args.path, args.make)
+        with replacing(args.path, "replication.bench_data") as folder:
+            make(folder, args.make)
     torch.set_num_threads(1)
     ways, count = ways_to_load(args)
     for name, seconds in medians_in_turns(ways, args.repeats, warm_up=1).items():        # which fills the file cache

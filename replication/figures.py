@@ -8,7 +8,6 @@ Needs matplotlib. `attention` shows trained models: --runs is the folder in whic
 The ground is transparent and the colours read on white and in GitHub's dark mode. docs/images/blocks.svg is drawn by hand.
 """
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -23,9 +22,9 @@ from harness.processes import report_errors
 from harness.shapes import Shapes
 from model import STEPS, Config, VisionTransformer
 from replication.ladder import VARIANTS, title_of
-from replication.properties import OFFSETS, open_conflict, singular_values_for
-from replication.report import uniform_attention
-from replication.rows import EPOCHS, MODELS, READ, SEGMENTED, by_step, ladder, read_by, rows, seeds_of, segmented
+from replication.properties import singular_values_for
+from replication.report import READ, read_by_row, uniform_attention
+from replication.rows import EPOCHS, by_step
 from replication.transfer import labels_of
 
 try:
@@ -130,29 +129,15 @@ def draw_shapes():
     return fig
 
 
-def draw_conflict():
-    """What training teaches, a texture for each shape; what the conflict split asks; and that as the models see it."""
-    fig, axes = plt.subplots(3, 6, figsize=(8, 4.7))
-    agree, small = Shapes("train", 128, cue=True), Shapes("conflict", 32, cue=True)
-    conflict, shapes, textures = open_conflict("shapes-cue", 128)
-    for i, column in enumerate(axes.T, start=133):                               # six different textures
-        for ax, source in zip(column, (agree, conflict, small)):
-            show(ax, source[i][0])
-        column[0].set_xlabel(shapes[i])
-        column[1].set_xlabel(f"shape: {shapes[i]}\ntexture: {textures[i]}'s")
-    for ax, text in zip(axes[:, 0], ("training: shape\nand texture agree", "conflict", "conflict,\n32 x 32 pixels")):
-        ax.set_ylabel(text)
-    return fig
-
-
 def draw_ladder():
     """Each seed a mark and each mean a bar; beside it, the published accuracies."""
-    found = {step: list(seeds.values()) for step, seeds in ladder().items()}
+    found = by_step("ladder", epoch=EPOCHS - 1)
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(8, 5.3), sharey=True, width_ratios=(2, 1))
     for y, step in enumerate(VARIANTS):
-        mean, published = fmean(found[step]), VARIANTS[step].published
+        seeds, published = found[step].dropna(), VARIANTS[step].published
+        mean = seeds.mean()
         color, marker = (BLUE, "o") if step in STEPS else (ORANGE, "D")
-        ours.plot(found[step], [y] * len(found[step]), marker, color=color, alpha=0.7)
+        ours.plot(seeds, [y] * len(seeds), marker, color=color, alpha=0.7)
         ours.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2.2)
         ours.text(63.3, y, f"{mean:.1f}", va="center")
         if mean < 48:                                                            # left of the axis
@@ -182,10 +167,10 @@ def draw_properties():
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(1.15, 1))
     for step, name, look, shift in (("vit", "ViT", LINES[1], -0.12), ("soft_mask", "iLLaMA", LINES[0], 0.12)):
         left.plot([], [], look["marker"], color=look["color"], label=name)                   # for the legend
-        for blocks in seeds_of("properties", "rank_90", step):
+        for blocks in by_step("properties", "rank_90")[step]:
             for block, heads in enumerate(blocks, 1):
                 left.plot([block + shift] * len(heads), heads, look["marker"], color=look["color"], alpha=0.6)
-        for seed, bins in enumerate(seeds_of("properties", "reliability", step)):
+        for seed, bins in by_step("properties", "reliability")[step].items():
             points = [(100 * confidence, 100 * accuracy) for images, confidence, accuracy in bins if images >= 30]
             right.plot(*zip(*points), **look, markersize=3.5, linewidth=1.2, alpha=0.75, label=None if seed else name)
 
@@ -211,41 +196,21 @@ def draw_anytime():
     band = dict(color=GREY, linewidth=7, alpha=0.4, zorder=1)                    # beneath the causal model's lines
     looks = {"causal-3": LINES[1], "prefixes-3": LINES[0], "bidirectional-3": band, "prefixes-10": LINES[2]}
     for name, look in looks.items():
-        for seed, accuracy in enumerate(read_by(name, "acc1_by_row")):
+        for seed, accuracy in enumerate(read_by_row(name)):
             ax.plot(range(1, len(accuracy) + 1), accuracy, label=None if seed else READ[name], **look)
     ax.set(xlabel="rows of patches read", ylabel="CIFAR-10 top-1, %", xticks=range(1, 9))
     ax.legend(loc="lower right")
     return fig
 
 
-def draw_where():
-    """mIoU by row and by column of an image and of a window; a thin line per seed, and their mean."""
-    fig, axes = plt.subplots(2, 2, figsize=(8, 5), sharey=True)
-    panels = (("image", "rows", "rows of an image, eighths from the top"),
-              ("image", "columns", "columns of an image, eighths from the left"),
-              ("window", "rows", "rows of a window, patches from the top"),
-              ("window", "columns", "columns of a window, patches from the left"))
-    for ax, (what, side, title) in zip(axes.flat, panels):
-        for step, look in zip(("rmsnorm", "ps_cls", "soft_mask"), LINES):
-            curves = np.array([row[what][f"{side}_miou"] for row in segmented("where", step, True)])   # seeds, places
-            places = range(1, curves.shape[1] + 1)
-            ax.plot(places, curves.T, **look | dict(marker=""), linewidth=0.8, alpha=0.55)
-            ax.plot(places, curves.mean(0), **look, label=SEGMENTED[step].replace("`", ""))
-        ax.set(ylim=(17, 50), title=title, xticks=places[::2])
-    fig.suptitle("CamVid, all models pretrained on CIFAR-10; thick lines: mean of the seeds")
-    fig.supylabel("mIoU, %", fontsize=9)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return fig
-
-
 def draw_leak():
     """How far outputs move when the last patch is inverted: under the published soft mask, and two without leak."""
     fig, ax = plt.subplots(figsize=(8, 3.5))
-    found = by_step("leak", "leak")                                              # {step: {seed: a number per token}}
+    found = by_step("leak", "leak")                                              # a number for each token
     for step, name, look in (("soft_mask", "soft, alpha 0 (published)", dict(color=ORANGE, marker="o", zorder=3)),
                              ("soft_log", "soft_log, alpha 0", dict(color=GREEN, linewidth=7, alpha=0.7)),
                              ("ps_cls", "causal", dict(color=BLUE, linestyle=(0, (3, 3))))):
-        percent = found[step][0][:-2]                                    # without the last patch and the class token
+        percent = found[step].iloc[0][:-2]                                    # without the last patch and the class token
         last = len(percent)
         ax.plot(range(1, last + 1), percent, label=name if any(percent) else f"{name}: exactly 0", **look)
     ax.axvspan(last + 0.5, last + 2.5, color=FAINT, linewidth=0)
@@ -294,46 +259,8 @@ def draw_attention(runs, data):
     return fig
 
 
-def draw_landscape():
-    """The loss around the trained weights, along two random directions, of the first seed."""
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.9), sharey=True)
-    for ax, (step, name) in zip(axes, MODELS.items()):
-        grid = np.array(next(iter(by_step("landscape", "landscape")[step].values())))
-        lines = ax.contour(OFFSETS, OFFSETS, grid.T, levels=np.arange(1.2, 3.01, 0.2), colors=BLUE, linewidths=1)
-        ax.clabel(lines, fontsize=7.5)
-        ax.plot(0, 0, "+", color=ORANGE, markersize=9, markeredgewidth=2)
-        ax.set(title=f"{name}: {grid[len(grid) // 2, len(grid) // 2]:.2f} in the middle", aspect="equal",
-               xlabel="first direction", xticks=(-1, -0.5, 0, 0.5, 1), yticks=(-1, -0.5, 0, 0.5, 1))
-        ax.grid(False)
-    axes[0].set_ylabel("second direction")
-    fig.supxlabel("test loss; an offset of 1 is as long as the weights, filter by filter; +: the trained weights",
-                  fontsize=8.5)
-    return fig
-
-
-def draw_schedule():
-    """Loss and accuracy through the end of a constant soft mask, and without one."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
-    runs = {"soft-mask-constant": "soft mask, constant", "soft-mask-none": "exact mask throughout (abs_pos)"}
-    for (name, title), look in zip(runs.items(), LINES):
-        found = rows(name)
-        epochs = [row["epoch"] + 1 for row in found]
-        left.plot(epochs, [row["train_loss"] for row in found], label=title, **look)
-        right.plot(epochs, [row["test_acc1"] for row in found], **look)
-        if any(row["train_soft_mask_rate"] for row in found):
-            end = sum(row["train_soft_mask_rate"] == 1 for row in found) + 0.5
-            for ax in (left, right):
-                ax.axvline(end, color=GREY, linestyle=":")
-    left.set(title="training loss", xlabel="epoch")
-    right.set(title="CIFAR-10 top-1, %", xlabel="epoch")
-    left.legend(loc="upper right")
-    fig.supxlabel("dotted: alpha goes from 1 to 0", fontsize=8.5)
-    return fig
-
-
-FIGURES = dict(masks=draw_masks, shapes=draw_shapes, conflict=draw_conflict, ladder=draw_ladder,
-               properties=draw_properties, anytime=draw_anytime, where=draw_where, leak=draw_leak,
-               landscape=draw_landscape, schedule=draw_schedule, attention=draw_attention)
+FIGURES = dict(masks=draw_masks, shapes=draw_shapes, ladder=draw_ladder, properties=draw_properties,
+               anytime=draw_anytime, leak=draw_leak, attention=draw_attention)
 
 
 def main(argv=None):
@@ -352,7 +279,7 @@ def main(argv=None):
             path = IMAGES / f"{name}.png"
             fig.savefig(path)
             image = Image.open(path)
-            if name not in ("masks", "shapes", "conflict"):                      # whose gradients need more colours
+            if name not in ("masks", "shapes"):                      # whose gradients need more colours
                 image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
             image.save(path, optimize=True)
             print(f"{name}: drawn")

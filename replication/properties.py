@@ -1,6 +1,6 @@
 """The properties that the paper claims of iLLaMA, measured on any checkpoint beside its accuracy.
 
-    python -m replication.properties out/ladder-3/*-0/last.pt --measure calibration rank int8
+    python -m replication.properties out/ladder-3/*-0/last.pt --measure calibration rank
     python -m replication.properties out/a --measure attention leak
     python -m replication.properties CHECKPOINT --measure shape_bias --cue DIR     # DIR/SHAPE/shapeN-textureN.png
     python -m replication.properties illama-tiny-in1k-75.0 --data PATH --measure macs
@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import Dataset
 
-from data import Images, eval_batches, eval_transform, loader, normalize
+from data import Images, eval_batches, eval_transform, loader, normalize, seed_of
 from downstream.attention import class_token_attention
-from eval import evaluate, open_model, open_val, predict, score
+from eval import open_model, open_val, predict, score
 from harness.checkpoint import describe
 from harness.files import open_folder
 from harness.flags import Parser, check_bounds, nonempty, require, shorten
@@ -204,6 +203,9 @@ def categories(classes):
     """{category: its places among a model's classes}: of 1,000 those above, else each class is its own."""
     if len(classes) != 1000:
         return {name: [label] for label, name in enumerate(classes)}
+    require(all(re.fullmatch(r"n\d{8}", name) for name in classes), "which of 1,000 classes belong to a category is known "
+            f"of ImageNet's, by the order of their folders, n01440764 and so on, not of {shorten(classes)}: give --data "
+            "with those")
     spans = {name: [span.split("-") for span in spans.split()] for name, spans in CATEGORIES.items()}
     return {name: [label for span in spans[name] for label in range(int(span[0]), int(span[-1]) + 1)] for name in spans}
 
@@ -246,11 +248,13 @@ def shape_or_texture(subject):
 OFFSETS = [i / 5 for i in range(-5, 6)]    # along a direction, in lengths of the weights
 
 
-def random_direction(model, generator):
+def random_direction(model, *purpose):
     """{name: tensor}: noise in which each filter, a row of a weight, is as long as the model's own, and so are the
-    positions together and the class token; norms and biases, which have one dimension, stay as they are [3]."""
+    positions together and the class token; norms and biases, which have one dimension, stay as they are [3]. Drawn by
+    the parameter's name: models of other steps have the same noise where their weights have the same shapes."""
     direction = {}
     for name, p in model.named_parameters():
+        generator = torch.Generator().manual_seed(seed_of("landscape", *purpose, name))
         noise = torch.randn(p.shape, generator=generator).to(p.device)
         if p.ndim == 1:
             direction[name] = torch.zeros_like(p)
@@ -262,57 +266,30 @@ def random_direction(model, generator):
 
 
 @torch.no_grad()
-def landscape(subject):
-    """Cross-entropy of 500 images, drawn at random, along two random directions from the trained weights, the same for
-    models of the same shapes: a row for each offset along the first, a column for each along the second."""
+def landscape(subject, pairs=3):
+    """Cross-entropy of 500 images, drawn at random, along pairs of random directions from the trained weights: for each
+    pair a row for each offset along the first, a column for each along the second."""
     model, count = copy.deepcopy(subject.model), len(subject.source)
     places = random.Random("landscape").sample(range(count), min(500, count))
     images, labels = subject.examples(places)
     batches = list(zip(normalize(images).split(subject.args.batch_size), labels.split(subject.args.batch_size)))
-    generator = torch.Generator().manual_seed(0)
-    first, second = (random_direction(model, generator) for _ in range(2))
     trained = {name: p.clone() for name, p in model.named_parameters()}
 
-    def loss(a, b):
+    def loss(a, first, b, second):
         for name, p in model.named_parameters():
             p.copy_(trained[name] + a * first[name] + b * second[name])
         total = sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y in batches)
         return round(total / len(places), 4)
-    return dict(landscape=[[loss(a, b) for b in OFFSETS] for a in OFFSETS])
+
+    grids = []
+    for pair in range(pairs):
+        first, second = (random_direction(subject.model, pair, which) for which in range(2))
+        grids.append([[loss(a, first, b, second) for b in OFFSETS] for a in OFFSETS])
+    return dict(landscape=grids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Size and work
-
-
-def to_int8(x, dim=()):
-    """Integers from -128 to 127, and the scale that they are multiplied by; symmetric, one scale for all of `dim`."""
-    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-12) / 127
-    return (x / scale).round().clamp(-128, 127), scale
-
-
-def quantize_after_training(model):
-    """A copy with 8-bit linear layers in its blocks, simulated in float, and its size in bytes.
-
-    Weights have a scale for each output channel. Activations are quantized dynamically, one scale for the whole tensor
-    that enters a layer, so results depend a little on the batch. All else stays in float32.
-    """
-    model = copy.deepcopy(model)
-    size = 4 * sum(p.numel() for p in model.parameters())
-    for layer in model.blocks.modules():
-        if isinstance(layer, nn.Linear):
-            values, scale = to_int8(layer.weight.data, dim=1)
-            layer.weight.data = values * scale
-            layer.register_forward_pre_hook(lambda _, inputs: torch.mul(*to_int8(*inputs)))
-            size += 4 * scale.numel() - 3 * values.numel()
-    return model, size
-
-
-def int8(subject):
-    small, size = quantize_after_training(subject.model)
-    accuracy = evaluate(small, subject.batches(subject.source), subject.device)["test_acc1"]
-    return dict(int8_acc1=accuracy, int8_mb=size / 1e6,
-                float32_mb=4e-6 * sum(p.numel() for p in subject.model.parameters()))
+# Work
 
 
 def multiply_accumulates(cfg):
@@ -350,14 +327,13 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
     "leak": leak,
     "shape_bias": shape_or_texture,
     "landscape": landscape,
-    "int8": int8,
     "macs": lambda subject: dict(macs=multiply_accumulates(subject.model.cfg)),
 }
 
 
 def append_row(row, file=None):
     """Print a dict as a line of JSON, and append it to a file."""
-    line = json.dumps(row)
+    line = json.dumps(row, allow_nan=False)
     print(line, flush=True)
     if file:
         path = Path(file)

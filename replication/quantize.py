@@ -24,7 +24,6 @@ import train
 from harness.processes import report_errors
 from model import Attention, VisionTransformer, attention_weights
 from replication.ladder import FLAGS, parse_runs, parser_of_runs, train_all
-from replication.rows import MODELS
 
 
 def rounded(x):
@@ -120,8 +119,16 @@ class QuantizedTransformer(VisionTransformer):
             block.attn = QuantizedAttention(cfg, block.attn)
             for name, layer in block.mlp.named_children():
                 setattr(block.mlp, name, QuantizedLinear(layer))
+        if cfg.soft:
+            self.set_soft_mask(1.0)                                  # as in the authors' first forward pass
         with torch.no_grad():
             self(torch.randn(8, 3, cfg.img_size, cfg.img_size))      # sets the step sizes
+        if cfg.soft:
+            self.set_soft_mask(0.0)
+
+    def forward(self, images):
+        """With all tokens in the last block, too: the gradients of its step sizes depend on their number."""
+        return self.head(self.forward_features(images)[:, self.cls])[:, 0]
 
     def mask(self, queries=slice(None)):
         return super().mask(queries)                                 # with its table, under `causal`, too
@@ -138,7 +145,7 @@ def main(argv=None):
     args = parse_runs(parser_of_runs("quantize", __doc__, Path("out", "quantize")), argv)
     runs = {}
     for seed in range(args.seeds):
-        for step in MODELS:
+        for step in ("vit", "soft_mask"):
             for program, (_, bits) in PROGRAMS.items():
                 command = ["-m", "replication.quantize", program, "--data", args.data, *FLAGS.split(),
                            "--epochs", str(args.epochs), "--step", step, "--seed", str(seed)]

@@ -39,6 +39,7 @@ class Sabotaged(model.VisionTransformer):
         return logits
 
 
+Sabotaged.__name__ = "VisionTransformer"                 # its runs are those of train.py
 model.VisionTransformer = Sabotaged
 sys.argv = ["train.py", *flags]
 runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")

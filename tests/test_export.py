@@ -67,7 +67,7 @@ def test_safetensors_are_a_checkpoint_wherever_one_is_taken(photos, finished, tm
 
 def test_exporting_overwrites_nothing_and_names_its_kinds(finished, tmp_path, capsys):
     (tmp_path / "a.pt2").write_text("mine")
-    assert "a.pt2 exists: give another name" in refused(export, [finished, tmp_path / "a.pt2"], capsys)
+    assert "a.pt2 is there, and not of downstream.export" in refused(export, [finished, tmp_path / "a.pt2"], capsys)
     assert "ends in one of .pt2, .onnx, .safetensors" in refused(export, [finished, tmp_path / "a.pth"], capsys)
 
 

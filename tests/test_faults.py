@@ -17,6 +17,8 @@ from conftest import (ROOT, SMALL, Program, equal, in_ranks, left_behind, load, 
                       wait_until)
 from data import Images
 from harness import processes
+from harness.files import replacing
+from harness.flags import InputError
 from harness.run import FILES, RunFolder, write
 
 SAVING = ["--drop-path", "0.5", "--save-every", "2"]      # randomness in the model, and checkpoints within the epochs
@@ -362,6 +364,24 @@ def test_a_new_run_does_not_touch_the_files_of_another(name, photos, tmp_path, c
     said = refused(train, ["--data", photos, "--out", tmp_path, *SMALL], capsys)
     assert f"--out {tmp_path} holds another run: give another folder, or add --resume" in said
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_program_replaces_its_own_files_alone_and_whole(tmp_path):
+    path = tmp_path / "made"
+    for content in (b"by me", b"by me again"):
+        with replacing(path, "by me") as file:
+            file.write_bytes(content)
+    with pytest.raises(InputError, match="is there, and not of another program"), replacing(path, "another program"):
+        pass
+    with pytest.raises(KeyboardInterrupt), replacing(path, "by me") as file:
+        file.write_bytes(b"by me, hal")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"by me again" and [*tmp_path.iterdir()] == [path]
+    with pytest.raises(InputError, match="is a folder that is not empty"), replacing(tmp_path, "by me"):
+        pass
+    with replacing("/dev/null", "by me") as file:
+        file.write_bytes(b"by me")
+    assert Path("/dev/null").is_char_device()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,6 @@ def test_the_folder_opens_in_the_library_and_is_compared(photos, tmp_path, capsy
     assert sorted(rest["model"]) == ["cls_token", "head.bias", "head.weight", "patch_embed.proj.bias", "patch_embed.proj.weight", "pos_embed"]
     train.main(["--data", str(photos), "--out", str(tmp_path / "soft"), *SMALL])
     capsys.readouterr()
-    assert "holds another model or run" in refused(llama, [run, "--out", tmp_path / "llama"], capsys)
+    assert "is a folder that is not empty" in refused(llama, [run, "--out", tmp_path / "llama"], capsys)
     said = refused(llama, [tmp_path / "soft", "--out", tmp_path / "b"], capsys)
     assert "use a run with mask causal, or soft_log at alpha 0; under `soft`" in said and not (tmp_path / "b").exists()

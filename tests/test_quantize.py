@@ -109,6 +109,24 @@ def test_without_rounding_and_norms_a_model_is_that_of_its_step(step, monkeypatc
         assert 0 < (rough - plain(images)).abs().mean() < 0.1 * plain(images).std()
 
 
+def test_all_blocks_quantize_all_tokens_as_the_gradients_of_step_sizes_depend_on_their_number(monkeypatch):
+    model, counts, plain = quantized(), {}, Quantizer.forward
+
+    def counting(self, x):
+        counts[self] = x.numel()
+        return plain(self, x)
+    monkeypatch.setattr(Quantizer, "forward", counting)
+    model(hashed_images(2))
+    first, last = ([counts[part] for part in block.modules() if isinstance(part, Quantizer)] for block in model.blocks)
+    assert first == last and len(first) == 14
+
+
+def test_step_sizes_of_a_soft_mask_start_at_alpha_1(monkeypatch):
+    alphas = []
+    monkeypatch.setattr(QuantizedTransformer, "forward", lambda self, images: alphas.append(self.alpha.item()))
+    assert quantized().alpha == 0 and alphas == [1]
+
+
 def test_every_parameter_learns_and_no_step_size_decays():
     model = quantized().train()
     model(hashed_images(2)).square().sum().backward()

@@ -1,4 +1,5 @@
-"""What the README and the pages in docs/ say is what the code and the results are."""
+"""What the README and the pages say is what the code and the results are."""
+import json
 import re
 import shlex
 import shutil
@@ -15,13 +16,16 @@ from downstream import segment
 from model import STEPS, VisionTransformer, config
 from replication import report
 
-PAGES = {page: (ROOT / page).read_text() for page in report.PAGES}
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for pattern in ("README.md", "docs/*.md", "replication/**/*.md")
+         for page in sorted(ROOT.glob(pattern))}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
 for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", "0"), ("step", "vit")]:
     COMMANDS = COMMANDS.replace(f"${name}", value)
 
 
 def test_tables_are_made_from_the_results():
+    pytest.importorskip("scipy", reason="the study's tables need pandas and scipy")
+    pytest.importorskip("pandas", reason="the study's tables need pandas and scipy")
     for page, text in PAGES.items():
         assert report.written(text) == text, f"{page}: run python -m replication.report"
     marks = re.findall(r"^<!-- (?!end)([\w-]+) -->$", "\n".join(PAGES.values()), re.M)
@@ -38,12 +42,16 @@ def test_the_table_of_steps_names_the_code_and_has_the_parameters_of_each():
         assert (hasattr(model, name) or hasattr(VisionTransformer, name)) and parameters == f"{count:,}", step
 
 
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "replication" / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
 def test_the_output_that_the_quick_start_shows_is_what_its_commands_printed():
-    last = report.rows("shapes-tiny")[-1]
+    last = rows("shapes-tiny")[-1]
     assert (f"epoch 3  train loss {last['train_loss']:.4f}  test loss {last['test_loss']:.4f}  top-1 {last['test_acc1']:.2f} %  "
             f"top-5 {last['test_acc5']:.2f} %  {last['time_images_per_s']:.0f} images/s  {last['time_s']:.0f} s"
             ) in PAGES["README.md"] and f"{last['n_parameters']:,} parameters" in PAGES["README.md"]
-    for row in report.rows("demo"):
+    for row in rows("demo"):
         assert f"--step {row['step']} --size nano --depth 2 --epochs 1   # top-1 {row['test_acc1']:.2f} %" in PAGES["README.md"]
 
 
@@ -97,7 +105,7 @@ def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|replication\.\w+\b(?! train| control)"
                           r"|downstream\.(?!segment|anytime train)\w+|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"replication.{name}" for name in (
-        "ladder", "properties", "figures", "report", "anytime", "where", "starts", "transfer", "quantize", "bench_model", "bench_data")),
+        "ladder", "properties", "figures", "report", "anytime", "starts", "transfer", "quantize", "bench_model", "bench_data")),
         *(f"downstream.{name}" for name in ("compare", "export", "attention", "anytime", "selection", "segment", "llama"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
@@ -117,8 +125,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
     for step in ("vit", "soft_mask"):
         folder = tmp_path / "out" / "ladder-3" / f"{step}-0"
         train.main(["--data", str(photos), "--step", step, "--out", str(folder), *SMALL])
-        shutil.copytree(folder, folder.with_name(f"{step}-0-label-smoothing-0"))
-    for name in ("cue", "centred"):
+    for name in ("cue", "centred", "ladder-3-label-smoothing-0"):
         shutil.copytree(tmp_path / "out" / "ladder-3", tmp_path / "out" / name)
     commands = re.findall(r"^python -m replication\.properties out/.*$", COMMANDS, re.M)
     script = re.sub(r"\{\d,\d,\d\}", "0", "\n".join(commands)).replace("{vit,causal,ps_cls,soft_mask}", "{vit,soft_mask}")
@@ -131,7 +138,7 @@ def test_commands_after_the_ladder_work_on_what_it_leaves_behind(photos, tmp_pat
                            capture_output=True, text=True, timeout=DEADLINE)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "ladder-3", "cue", "centred", "collapse.jsonl", "label-smoothing.jsonl", "landscape.jsonl", "leak.jsonl", "properties.jsonl",
+        "ladder-3", "ladder-3-label-smoothing-0", "cue", "centred", "collapse.jsonl", "label-smoothing.jsonl", "landscape.jsonl", "leak.jsonl", "properties.jsonl",
         "rank.jsonl", "shape-bias.jsonl", "shape-bias-centred.jsonl"}
 
 

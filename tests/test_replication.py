@@ -5,15 +5,20 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
+
+pandas = pytest.importorskip("pandas", reason="the study's tables need pandas")
+pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 import train
 from conftest import DEADLINE, ROOT, SMALL, refused, wait_until
 from replication import ladder as program
+from harness.flags import InputError
 from replication import figures, report
 from replication import rows as results
-from replication.ladder import PUBLISHED, VARIANTS
+from replication.ladder import PUBLISHED, VARIANTS, claim
 
 
 def ladder(tmp_path, data, seeds, *more, epochs=2, wait=True):
@@ -91,27 +96,22 @@ def test_a_ladder_that_is_stopped_goes_on_where_it_was(tmp_path):
 # The report
 
 
-@pytest.mark.parametrize("degrees, share, expected", [          # from tables of Student's t
-    (1, 0.95, 12.7062), (2, 0.95, 4.3027), (7, 0.95, 2.3646), (22, 0.95, 2.0739), (60, 0.95, 2.0003), (18, 0.99, 2.8784)])
-def test_quantiles_are_those_of_students_t(degrees, share, expected):
-    assert results.quantile_of_t(degrees, share) == pytest.approx(expected, abs=2e-4)
-    assert results.fraction_within(expected, degrees) == pytest.approx(share, abs=1e-5)
-
-
 def test_differences_are_paired_by_seed():
     """Of five seeds two are in both: what moves both alike is no noise."""
-    mean, half, chance = results.paired({0: 51.0, 1: 60.5, 7: 1.0}, {0: 50.0, 1: 59.0, 3: 7.0, 4: 8.0})
-    assert mean == pytest.approx(1.25) and half == pytest.approx(12.7062 * 0.25, rel=1e-4)
-    assert chance == pytest.approx(0.1257, abs=1e-4)                         # of Student's t with one degree beyond 5
-    assert results.paired({0: 10.0, 1: 10.0}, {0: 10.0, 1: 10.0}) == (0, 0, 1)
+    values, others = pandas.Series({0: 51.0, 1: 60.5, 7: 1.0}), pandas.Series({0: 50.0, 1: 59.0, 3: 7.0, 4: 8.0})
+    mean, low, high, chance, pairs = results.paired(values, others)
+    assert (mean, pairs) == (pytest.approx(1.25), 2)
+    assert (low, high) == pytest.approx((1.25 - 12.7062 * 0.25, 1.25 + 12.7062 * 0.25), rel=1e-4)    # Student's t, tabulated
+    assert chance == pytest.approx(0.1257, abs=1e-4)
+    assert results.interval(values, others) == "+1.2 [-1.9, +4.4]"
 
 
 def test_many_comparisons_are_corrected_for_from_the_least_likely_up():
-    def significant(*chances):
-        return results.significant(dict(enumerate(chances)))
-    assert significant(0.016, 0.024, 0.049) == {0, 1, 2}
-    assert significant(0.017, 0.0171, 0.04) == set()                         # the first fails, so all do
-    assert significant(0.001, 0.026, 0.049) == {0} and significant(0.049) == {0}
+    def holm(*chances):
+        return results.holm(dict(enumerate(chances)))
+    assert holm(0.016, 0.024, 0.049) == {0, 1, 2}
+    assert holm(0.017, 0.0171, 0.04) == set()                                # the first fails, so all do
+    assert holm(0.001, 0.026, 0.049) == {0} and holm(0.049) == {0}
 
 
 @pytest.mark.parametrize("step, overrides, variant", [
@@ -131,17 +131,15 @@ def test_a_difference_beyond_chance_has_a_star_and_of_repeated_rows_the_last_cou
              for i, (step, mean) in enumerate(means.items()) for seed in (0, 1, 2)]
     shorter = [row(step, seed, 30, epoch=1) for step in means for seed in (0, 1, 2)]
     table = [row("vit", 0, 99), *table, *shorter, row("vit", 0, 80, epoch=9), row("swiglu", 3, 58)]      # a seed more
-    monkeypatch.setattr(results, "rows", lambda name: table)
+
+    def rows(name, **fields):
+        return pandas.DataFrame([one for one in table if one.items() >= fields.items()])
+    monkeypatch.setattr(results, "rows", rows)
     lines = {line.split(" | ")[0]: line for line in report.results_table().splitlines()}
     assert "|  | 3 | 51.0 ± 0.9 |  | 1.500 | 73.8 | 3.451 | 81.5 | 2.828 |" in lines["| `vit`"]
-    assert "| `vit` | 4 (3) | " in lines["| `swiglu`"] and "| +5.0 [+4.5, +5.5] * |" in lines["| `swiglu`"]
+    assert "| `vit` | 4 | " in lines["| `swiglu`"] and "| +5.0 [+4.5, +5.5] * |" in lines["| `swiglu`"]
     assert "| +0.0 [-0.2, +0.2] |" in lines["| `rmsnorm`"]
     assert "| -45.0 [-45.2, -44.8] * | 1.500 | 0.1 |  | 0.1 |  |" in lines["| `causal`"]
-
-
-def test_means_side_by_side_are_over_the_seeds_that_all_have():
-    assert report.means({0: 1.0, 1: 3.0, 2: 90.0}, {1: 5.0, 0: 6.0}) == "2.0 / 5.5"
-    assert report.means([1.0, 2.0], [4.0, 5.0, 9.0]) == "1.5 / 6.0"
 
 
 def test_the_ladder_holds_what_the_paper_reports_of_both_sizes():
@@ -167,3 +165,10 @@ def test_figures_are_all_drawn_unless_some_are_named(monkeypatch, capsys):
     for flags in ([], ["--data", "shapes"], ["masks"]):
         assert "the figures need matplotlib" in refused(figures, flags, capsys)
     assert "there is no figure mask: give some of masks, shapes" in refused(figures, ["mask"], capsys)
+
+
+def test_a_folder_of_runs_belongs_to_one_set_of_flags(tmp_path):
+    claim(tmp_path / "runs", Namespace(data="cifar10", epochs=3, seeds=3))
+    claim(tmp_path / "runs", Namespace(data="cifar10", epochs=3, seeds=5))
+    with pytest.raises(InputError, match="holds runs with --data 'cifar10', not 'shapes': give another folder with --out"):
+        claim(tmp_path / "runs", Namespace(data="shapes", epochs=3, seeds=3))

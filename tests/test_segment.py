@@ -18,7 +18,6 @@ from downstream.segment import RECIPES, lr_at, make_optimizer, open_segmenter
 from downstream.segmenter import Segmenter, UPerNet, confusion, evaluate, pixel_loss, predict, scores, slide, starts
 from harness.run import RunFolder
 from model import STEPS, config
-from replication import where
 from test_model import CASES, every_step, hashed, hashed_images, hashed_weights
 
 CLASSES = ["red", "green", "blue"]
@@ -231,26 +230,6 @@ def test_evaluation_at_several_scales_from_the_command_line(streets, trained, ca
     result = evaluate(model, segment.validation(val), 20, torch.device("cpu"), **views)
     assert json.loads(capsys.readouterr().out) == result | dict(images=3, multi_scale=True)
     assert result != evaluate(model, segment.validation(val), 20, torch.device("cpu"))
-
-
-def test_accuracy_by_place_adds_up_to_that_of_the_whole(streets):
-    labels, predicted = AnnotatedFolder(streets, "validation")[0][1], torch.randint(3, (22, 24))
-    labels = torch.from_numpy(np.array(labels)).long()[:22, :24] - 1
-    counts = where.by_cell(labels, predicted, 3, bands=5)
-    assert torch.equal(counts.sum((0, 1)), confusion(labels, predicted, 3))
-    assert torch.equal(counts[1, 4], confusion(labels[4:8, 19:24], predicted[4:8, 19:24], 3))
-
-
-def test_accuracy_by_place_sees_where_a_model_errs(streets):
-    """Wrong in the left half of whatever it is shown: of each window, and so of more than the left half of an image."""
-    class Half(Painter):
-        def forward(self, images):
-            left = torch.arange(images.shape[3]) < images.shape[3] // 2
-            return [torch.where(left, images.roll(1, dims=1), images)]
-    found = where.measure(Half(16), segment.validation(AnnotatedFolder(streets, "validation")), 24)
-    assert max(found["window"]["columns_pixel_acc"][:2]) < 10 < 90 < min(found["window"]["columns_pixel_acc"][2:])
-    assert found["image"]["columns_pixel_acc"][0] < 10 < 90 < found["image"]["columns_pixel_acc"][-1]
-    assert len(found["window"]["rows_miou"]) == 4 and len(found["image"]["rows_miou"]) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,7 +481,7 @@ def test_settings_that_do_not_fit_are_refused(photos, streets, trained, finished
         ([*data, "--lr", "nan"], "--lr is nan"),
         ([*data, *TINY, "--warmup", 5], "--iterations 4 would end before --warmup 5: lower that, too"),
         (["--resume", trained, "--lr", 1], "--resume continues the run as it was started"),
-        (["--resume", finished], "last.pt is a run of train.py: resume it with that program, or start from its weights"),
+        (["--resume", finished], "last.pt is a run of another program, which trains VisionTransformer, not Segmenter"),
         (["eval", finished], "is no run of downstream.segment: start one with --init-from"),
         (["eval", trained, "--image", "a.png", "--draw", "a.xyz"], "a name that ends in .png"),
         (["eval", trained, "--workers", -1], "--workers is -1"),

@@ -17,7 +17,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import DEADLINE, ROOT, SMALL, Program, environment, equal, load, metrics, refused
-from downstream import segment
+from downstream import anytime, attention, export, segment, selection
 from downstream.scenes import open_scenes, read_annotation, read_classes
 from harness.checkpoint import build as build_checkpoint
 from harness.checkpoint import load_weights, open_checkpoint
@@ -137,18 +137,18 @@ SEGMENT = ["--size", "nano", "--depth", "1", "--img-size", "32", "--short-side",
            "--micro-batch", "4", "--iterations", "2", "--eval-every", "2", "--warmup", "1", "--workers", "0", "--device", "cpu"]
 
 
-def test_a_drawing_does_not_overwrite_its_image_and_says_what_it_replaces(tmp_path, capsys):
+def test_a_drawing_replaces_an_earlier_one_and_no_other_image(tmp_path, capsys):
     root = annotated(tmp_path / "data")
     segment.main(["--data", str(root), "--out", str(tmp_path / "run"), *SEGMENT])
     image = root / "images" / "validation" / "0.png"
     before = image.read_bytes()
     capsys.readouterr()
     evaluate = ["eval", tmp_path / "run", "--image", image, "--device", "cpu"]
-    assert f"--draw {image} is the image itself: give another name" in refused(segment, [*evaluate, "--draw", image], capsys)
-    assert image.read_bytes() == before
-    for said in ("and the legend\n", "and the legend; it replaces what was there\n"):
+    said = refused(segment, [*evaluate, "--draw", image], capsys)
+    assert f"{image} is there, and not of downstream.segment" in said and image.read_bytes() == before
+    for _ in range(2):
         segment.main([*map(str, evaluate), "--draw", str(tmp_path / "drawn.png")])
-        assert capsys.readouterr().out.endswith(said)
+        assert capsys.readouterr().out.endswith("and the legend\n")
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -315,12 +315,39 @@ def test_resume_with_a_path_does_not_look_below_it(photos, finished, tmp_path, c
     assert f"run     {tmp_path}/new, nothing to resume" in capsys.readouterr().out
 
 
-def test_a_run_of_segmentation_is_no_run_of_train_py(tmp_path, capsys):
+def test_a_run_is_resumed_by_the_program_that_made_it(tmp_path, capsys):
     segment.main(["--data", str(annotated(tmp_path / "data")), "--out", str(tmp_path / "run"), *SEGMENT])
     capsys.readouterr()
     said = refused(train, ["--resume", tmp_path / "run", "--device", "cpu"], capsys)
-    assert said == (f"error: {tmp_path}/run/last.pt is a run of downstream.segment: resume it with that program, or start from its "
-                    "weights with --init-from\n")
+    assert said == (f"error: {tmp_path}/run/last.pt is a run of another program, which trains Segmenter, not VisionTransformer: "
+                    "resume it with that program\n")
+
+
+def test_a_run_on_prefixes_is_not_resumed_without_them(photos, tmp_path, capsys):
+    anytime.main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), *SMALL, "--step", "abs_pos", "--epochs", "1"])
+    capsys.readouterr()
+    said = refused(train, ["--resume", tmp_path / "run", "--device", "cpu"], capsys)
+    assert "which trains PrefixTransformer, not VisionTransformer" in said
+    anytime.main(["train", "--resume", str(tmp_path / "run"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("program, command, mine", [
+    (attention, ["RUN", "IMAGE", "mine.png"], "mine.png"),
+    (selection, ["RUN", "--size", "nano", "--depth", "1", "--out", "RUN/best.pt"], "RUN/best.pt"),
+    (export, ["RUN", "mine.pt2"], "mine.pt2"),
+    (bench_data, ["folder", "--make", "1000"], "folder/mine"),
+    (train, ["--out", "folder", "--resume", *SMALL], "folder/config.json")])
+def test_no_program_overwrites_what_it_did_not_make(program, command, mine, photos, finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "RUN")
+    shutil.copy(next(photos.glob("val/*/*.png")), "IMAGE")
+    Path("folder").mkdir()
+    file = Path(mine)
+    if not file.exists():
+        file.write_text("{}")
+    before = file.read_bytes()
+    said = refused(program, command, capsys)
+    assert "give another" in said and file.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
