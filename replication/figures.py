@@ -1,4 +1,4 @@
-"""The figures of README.md and the pages, as docs/images/NAME.png, from the rows in results/ and the models.
+"""The figures of README.md and the pages, as docs/images/NAME.png, and docs/social.png, from the rows in results/ and the models.
 
     python -m replication.figures                      # all of them
     python -m replication.figures masks ladder         # these two
@@ -91,30 +91,52 @@ def equal_attention(mask, cls_last, alpha):
 def draw_masks():
     """What each mask leaves of attention, row by row."""
     fig, axes = plt.subplots(2, 3, figsize=(8, 6.3))
-    colours = LinearSegmentedColormap.from_list("", [BLUE + "00", BLUE])         # from transparent to blue
     for ax, (mask, cls_last, alpha, title, caption) in zip(axes.flat, MASKS):
         attn = equal_attention(mask, cls_last, alpha)
         N = len(attn)
         cls = N - 1 if cls_last else 0
         names = [str(patch) for patch in range(1, N)]
         names.insert(cls, "cls")
-        ax.pcolormesh(attn, cmap=colours, norm=LogNorm(0.02, 1), edgecolors=FAINT, linewidth=0.6)    # 0 stays empty
-        ax.add_patch(Rectangle((0, cls), N, 1, fill=False, edgecolor=ORANGE, linewidth=2.2, clip_on=False, zorder=3))
-        ax.set(xlim=(0, N), ylim=(N, 0), aspect="equal", xlabel=caption)
+        draw_matrix(ax, attn, cls)
+        ax.set_xlabel(caption)
         ax.set_title(title, pad=8)
         if "COLLAPSE" in caption:
             ax.xaxis.label.set(color=ORANGE, weight="bold")
         ax.set_xticks(np.arange(N) + 0.5, names)
         ax.set_yticks(np.arange(N) + 0.5, names)
         ax.get_yticklabels()[cls].set(color=ORANGE, weight="bold")
-        ax.tick_params(pad=2, labeltop=True, labelbottom=False)
-        bare(ax)
         if alpha is not None:
             for row, total in enumerate(attn.sum(1)):
                 ax.text(N + 0.2, row + 0.5, f"{total:.2f}", fontsize=8.5, va="center")
             ax.text(N + 0.2, -0.5, "sum", fontsize=8.5, va="center")
     fig.supxlabel("attention weights where all scores are equal; row: query, column: key; outlined: the class token's "
                   "row; empty: 0", fontsize=8.5)
+    return fig
+
+
+def draw_matrix(ax, attn, cls):
+    """An attention map, the class token's row outlined."""
+    N = len(attn)
+    colours = LinearSegmentedColormap.from_list("", [BLUE + "00", BLUE])         # from transparent to blue
+    ax.pcolormesh(attn, cmap=colours, norm=LogNorm(0.02, 1), edgecolors=FAINT, linewidth=0.6)        # 0 stays empty
+    ax.add_patch(Rectangle((0, cls), N, 1, fill=False, edgecolor=ORANGE, linewidth=2.2, clip_on=False, zorder=3))
+    ax.set(xlim=(0, N), ylim=(N, 0), aspect="equal")
+    ax.tick_params(pad=2, labeltop=True, labelbottom=False)
+    bare(ax)
+
+
+def draw_social():
+    """The preview of links to the repository, 1280 x 640 pixels: the README's two runs, one blind, one seeing."""
+    fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.2), facecolor="#0d1117")
+    found = by_step("demo")
+    for ax, step, cls_last, title in zip(axes, ("causal", "ps_cls"), (False, True),
+                                         ("class token first: blind", "moved to the end: it sees")):
+        ax.set_facecolor("#0d1117")
+        draw_matrix(ax, equal_attention("causal", cls_last, None), 9 if cls_last else 0)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize=11, color="white")
+        ax.set_xlabel(f"{found[step].iloc[0]:.2f} %", fontsize=20, weight="bold", color=ORANGE if step == "causal" else BLUE)
+    fig.suptitle("iLLaMA, step by step: a ViT under LLaMA's causal mask", fontsize=12, color="white")
     return fig
 
 
@@ -259,7 +281,7 @@ def draw_attention(runs, data):
     return fig
 
 
-FIGURES = dict(masks=draw_masks, shapes=draw_shapes, ladder=draw_ladder, properties=draw_properties,
+FIGURES = dict(masks=draw_masks, social=draw_social, shapes=draw_shapes, ladder=draw_ladder, properties=draw_properties,
                anytime=draw_anytime, leak=draw_leak, attention=draw_attention)
 
 
@@ -276,8 +298,8 @@ def main(argv=None):
         plt.rcParams.update(STYLE)
         for name in args.names:
             fig = draw_attention(args.runs, args.data) if name == "attention" else FIGURES[name]()
-            path = IMAGES / f"{name}.png"
-            fig.savefig(path)
+            path = (IMAGES.parent if name == "social" else IMAGES) / f"{name}.png"
+            fig.savefig(path, transparent=name != "social")
             image = Image.open(path)
             if name not in ("masks", "shapes"):                      # whose gradients need more colours
                 image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)

@@ -160,7 +160,7 @@ def collapse_table():
 
 def rank_table():
     """Mean over heads and blocks, and what uniform attention under the same mask has."""
-    lines = [("properties", "vit", "none"), ("properties", "soft_mask", "soft, alpha 0"), ("rank", "rmsnorm", "none"),
+    lines = [("properties", "vit", "no mask"), ("properties", "soft_mask", "soft, alpha 0"), ("rank", "rmsnorm", "no mask"),
              ("rank", "ps_cls", "causal"), ("rank", "soft_log", "causal"), ("rank", "soft_mask", "soft, alpha 0")]
     body = []
     for name, step, mask in lines:
@@ -177,7 +177,7 @@ def uniform_attention(tokens):
     """Attention maps (N, N) that tell no token from another: the mask alone, nothing learned."""
     full = torch.full((tokens, tokens), 1 / tokens)
     lower = full.tril()
-    return {"none": full, "causal": lower / lower.sum(1, keepdim=True), "soft, alpha 0": lower}
+    return {"no mask": full, "causal": lower / lower.sum(1, keepdim=True), "soft, alpha 0": lower}
 
 
 def calibration_table():

@@ -69,7 +69,7 @@ def anchors(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings_that_exist(page):
     links = re.findall(r"(?:\]\(|src=\"|srcset=\")([\w./-]*)(?:#([\w-]+))?[)\"]", PAGES[page])
-    assert "README" not in page or len(links) > 20
+    assert page != "README.md" or len(links) > 20
     for path, heading in links:
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), path
@@ -80,7 +80,7 @@ def test_the_figures_that_the_pages_show_are_those_that_exist():
     shown = set(re.findall(r"images/([\w.-]+\.(?:png|svg))", "\n".join(PAGES.values())))
     assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}
     drawn = re.findall(r"^def draw_(\w+)", (ROOT / "replication" / "figures.py").read_text(), re.M)
-    assert shown == {"blocks.svg", *(f"{name}.png" for name in drawn)}
+    assert shown | {"social.png"} == {"blocks.svg", *(f"{name}.png" for name in drawn)}
 
 
 def test_code_fits_the_page():
