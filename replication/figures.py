@@ -97,7 +97,7 @@ def draw_masks():
         cls = N - 1 if cls_last else 0
         names = [str(patch) for patch in range(1, N)]
         names.insert(cls, "cls")
-        draw_matrix(ax, attn, cls)
+        show_matrix(ax, attn, cls)
         ax.set_xlabel(caption)
         ax.set_title(title, pad=8)
         if "COLLAPSE" in caption:
@@ -114,7 +114,7 @@ def draw_masks():
     return fig
 
 
-def draw_matrix(ax, attn, cls):
+def show_matrix(ax, attn, cls):
     """An attention map, the class token's row outlined."""
     N = len(attn)
     colours = LinearSegmentedColormap.from_list("", [BLUE + "00", BLUE])         # from transparent to blue
@@ -132,7 +132,7 @@ def draw_social():
     for ax, step, cls_last, title in zip(axes, ("causal", "ps_cls"), (False, True),
                                          ("class token first: blind", "moved to the end: it sees")):
         ax.set_facecolor("#0d1117")
-        draw_matrix(ax, equal_attention("causal", cls_last, None), 9 if cls_last else 0)
+        show_matrix(ax, equal_attention("causal", cls_last, None), 9 if cls_last else 0)
         ax.set(xticks=[], yticks=[])
         ax.set_title(title, fontsize=11, color="white")
         ax.set_xlabel(f"{found[step].iloc[0]:.2f} %", fontsize=20, weight="bold", color=ORANGE if step == "causal" else BLUE)
