@@ -184,7 +184,7 @@ def main(argv=None):
         print(f"ready: {rows[key]}", file=sys.stderr)
 
     seconds = medians_in_turns(ways, args.repeats, warm_up=1)
-    versions = dict(device=processor(device), torch=torch.__version__)
+    versions = dict(device=processor(device))
     if "timm" in args.models:
         versions["timm"] = peer("timm").__version__
     for key, row in rows.items():

@@ -15,6 +15,8 @@ import json
 import math
 import random
 import re
+import shlex
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -34,6 +36,7 @@ from harness.processes import report_errors, setup
 from harness.run import add_eval_flags
 from harness.shapes import DRAWN, Shapes
 from model import VisionTransformer
+from replication.ladder import commit
 
 CUE = ("shapes-cue", "shapes-cue-centred")
 
@@ -332,8 +335,10 @@ PROPERTIES = {  # name: function of a Subject -> dict, whose entries join the ro
 
 
 def append_row(row, file=None):
-    """Print a dict as a line of JSON, and append it to a file."""
-    line = json.dumps(row, allow_nan=False)
+    """Print a dict as a line of JSON, and append it to a file, with the program's flags, torch's version and the
+    commit."""
+    made_by = dict(flags=shlex.join(sys.argv[1:]), torch=torch.__version__, commit=commit())
+    line = json.dumps(row | made_by, allow_nan=False)
     print(line, flush=True)
     if file:
         path = Path(file)
