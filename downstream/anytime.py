@@ -36,7 +36,7 @@ class Reader:
                 f"at the end and an exactly causal mask, not {model.cfg.mask!r}: use a model with "
                 "mask causal, or soft_log at alpha 0")
         self.model, self.count = model, 0                            # patches read
-        self.cache = [()] * len(model.blocks)                        # for each block keys and values, (B, h, count, d)
+        self.cache = [()] * len(model.blocks)            # for each block keys and values, (B, h, count, d)
 
     def read(self, strip):
         """The next rows of patches: normalized pixels (B, 3, rows * patch_size, img_size)."""
@@ -45,35 +45,43 @@ class Reader:
         require(strip.shape[1:] == (3, rows * cfg.patch_size, cfg.img_size) and self.count < end < cfg.tokens,
                 f"pixels {tuple(strip.shape)} after {self.count // cfg.grid} rows of patches: this model's images have "
                 f"{cfg.grid} rows of (B, 3, {cfg.patch_size}, {cfg.img_size})")
+        place = slice(self.count, end)
         x = self.model.patch_embed.proj(strip).flatten(2).transpose(1, 2)                # B, n, D
-        self.through_blocks(x, slice(self.count, end), keep=True)
+        if self.model.pos_embed is not None:
+            x = x + self.model.pos_embed[:, place]
+        rope = None if self.model.rope is None else self.model.rope[:, place]
+        _, self.cache = self.through_blocks(x, rope, self.cache)
         self.count = end
+
+    def start(self):
+        """The class token (B, 1, D), and its part of RoPE's table."""
+        model = self.model
+        require(self.count, "nothing has been read: there is no answer before the first row")
+        cls = model.cls_token.expand(len(self.cache[0][0]), -1, -1)
+        if model.pos_embed is not None:
+            cls = cls + model.pos_embed[:, model.cls]
+        last = model.cfg.tokens - 1
+        return cls, None if model.rope is None else model.rope[:, last: last + 1]
 
     def answer(self):
         """Logits (B, classes) for what has been read. InputError if that is nothing."""
-        require(self.count, "nothing has been read: there is no answer before the first row")
-        cls = self.model.cls_token.expand(len(self.cache[0][0]), -1, -1)                 # B, 1, D
-        x = self.through_blocks(cls, slice(-1, None), keep=False)
+        x, _ = self.through_blocks(*self.start(), self.cache)
         return self.model.head(self.model.norm(x))[:, 0]
 
-    def through_blocks(self, x, place, keep):
-        """Tokens x (B, n, D) at a place of the sequence, after those read: each attends to these and up to itself."""
-        model, n = self.model, x.shape[1]
-        x = x if model.pos_embed is None else x + model.pos_embed[:, place]
-        rope = None if model.rope is None else model.rope[:, place]
-        attn_bias = torch.full((n, self.count + n), -torch.inf, device=x.device).triu(1 + self.count)
-        for i, block in enumerate(model.blocks):
+    def through_blocks(self, x, rope, cache):
+        """(output, cache with theirs) of tokens x (B, n, D) after those whose keys and values are in a cache: each
+        attends to these and up to itself."""
+        n, extended = x.shape[1], []
+        for block, kept in zip(self.model.blocks, cache):
             q, k, v = block.attn.qkv_heads(block.norm1(x), rope)     # B, h, n, d
-            if self.cache[i]:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(self.cache[i], (k, v)))   # B, h, count + n, d
-            if keep:
-                self.cache[i] = k, v
-                if block is model.blocks[-1]:                        # of its output only the class token's is ever read
-                    return None
+            if kept:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(kept, (k, v)))            # B, h, count + n, d
+            extended.append((k, v))
+            attn_bias = torch.full((n, k.shape[2]), -torch.inf, device=x.device).triu(1 + k.shape[2] - n)
             y = F.scaled_dot_product_attention(q, k, v, attn_bias.type_as(q))
             x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
-        return x
+        return x, extended
 
 
 def on_rows(model, images, rows):
