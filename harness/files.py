@@ -159,8 +159,8 @@ def replacing(path, program):
             yield Path(folder, path.name)
             os.replace(Path(folder, path.name), path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): make that possible, or give "
-                         "another name") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): make that possible, or "
+                         "give another name") from error
 
 
 def save_png(image, path, program):

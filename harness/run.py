@@ -156,7 +156,8 @@ def find_checkpoint(given, below):
 def make_folder(out, name, below, resuming):
     """A new run's folder: `out`, or below/NAME-N, N the first free number."""
     if out:
-        # A run that died before its first checkpoint left config.json; other programs write one, too
+        # A run that died before its first checkpoint left config.json; other programs write one,
+        # too
         config = Path(out, FILES[0])
         ours = resuming and config.exists() and '"recipe"' in config.read_text(errors="replace")
         existing = FILES[1:] if ours else FILES

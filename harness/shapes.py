@@ -1,6 +1,7 @@
 """Ten drawn shapes with ten textures: a labelled data set with nothing to download.
 
-    image, label = Shapes("train", img_size=32)[7]       # a PIL image, drawn from the shape's signed distance
+    # A PIL image, drawn from the shape's signed distance
+    image, label = Shapes("train", img_size=32)[7]
 """
 import math
 import random
@@ -13,23 +14,25 @@ from torch.utils.data import Dataset
 def polygon(*points):
     """The signed distance to a closed polygon, negative inside, as a function of coordinates."""
     a = np.array(points, dtype=np.float32)
-    edge = np.roll(a, -1, axis=0) - a                                            # V, 2
+    edge = np.roll(a, -1, axis=0) - a                                # V, 2
 
-    def distance(x, y):                                                          # H, W
-        px, py = x - a[:, :1, None], y - a[:, 1:, None]                          # V, H, W: from each corner
+    def distance(x, y):                                              # H, W
+        px, py = x - a[:, :1, None], y - a[:, 1:, None]              # V, H, W: from each corner
         ex, ey = edge[:, :1, None], edge[:, 1:, None]
-        t = np.clip((px * ex + py * ey) / (ex ** 2 + ey ** 2), 0, 1)             # nearest point of each edge
+        # Nearest point of each edge
+        t = np.clip((px * ex + py * ey) / (ex ** 2 + ey ** 2), 0, 1)
         away = np.sqrt(((px - t * ex) ** 2 + (py - t * ey) ** 2).min(0))
         above, left = py < 0, px * ey - py * ex > 0
-        crossing = (above != np.roll(above, -1, axis=0)) & (left == (ey > 0))    # edges that a ray to one side meets
+        # Edges that a ray to one side meets
+        crossing = (above != np.roll(above, -1, axis=0)) & (left == (ey > 0))
         return np.where(crossing.sum(0) % 2, -away, away)
     return distance
 
 
 def around(*radii, turn=-math.pi / 2):
     """Corners at equal angles about the centre."""
-    return [(r * math.cos(turn + 2 * math.pi * i / len(radii)), r * math.sin(turn + 2 * math.pi * i / len(radii)))
-            for i, r in enumerate(radii)]
+    return [(r * math.cos(turn + 2 * math.pi * i / len(radii)),
+             r * math.sin(turn + 2 * math.pi * i / len(radii))) for i, r in enumerate(radii)]
 
 
 def heart(t):
@@ -51,7 +54,8 @@ SHAPES = {  # signed distances, for x to the right and y down, in units of the s
     "arrow": polygon((0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)),
 }
 
-TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a period; none is another one mirrored
+# -1 for one tone to 1 for the other; u and v advance by 2 pi a period; none is another one mirrored
+TEXTURES = {
     "plain": lambda u, v: 0 * u - 1,
     "rows": lambda u, v: np.sin(v),
     "columns": lambda u, v: np.sin(u),
@@ -65,15 +69,19 @@ TEXTURES = {  # -1 for one tone to 1 for the other; u and v advance by 2 pi a pe
 }
 
 
-DRAWN = {"shapes": {}, "shapes-cue": dict(cue=True), "shapes-cue-centred": dict(cue=True, centred=True)}  # of Shapes
+DRAWN = {  # of Shapes
+    "shapes": {}, "shapes-cue": dict(cue=True),
+    "shapes-cue-centred": dict(cue=True, centred=True)}
 
 
 class Shapes(Dataset):
-    """Ten shapes, each filled with one of ten textures, over a darker background. An image is a function of (seed,
-    split, index) at any size: drawn from the shape's signed distance, with edges as sharp as the pixels allow.
+    """Ten shapes, each filled with one of ten textures, over a darker background. An image is a
+    function of (seed, split, index) at any size: drawn from the shape's signed distance, with edges
+    as sharp as the pixels allow.
 
-    Texture j belongs to shape j. By default the two are independent; with `cue` they go together in "train" and "val",
-    and never in the third split, "conflict". `centred` shapes stand in the middle, all else being equal.
+    Texture j belongs to shape j. By default the two are independent; with `cue` they go together in
+    "train" and "val", and never in the third split, "conflict". `centred` shapes stand in the
+    middle, all else being equal.
     """
     classes = list(SHAPES)
     count = {"train": 10_000, "val": 2_000, "conflict": 2_000}
@@ -100,8 +108,10 @@ class Shapes(Dataset):
         rng = self.rng(index)
         shape, texture = self.shape_and_texture(index, rng)
         x, y = coordinates(self.img_size, self.img_size)
-        # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it in minutes.
-        colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.42, 0.75), spread=self.spread)
+        # Radius, turn and place are bounded so that a classifier needs shape, and ours can learn it
+        # in minutes.
+        colours, inside = draw_shape(rng, x, y, shape, texture, radii=(0.42, 0.75),
+                                     spread=self.spread)
         return to_image(colours * inside + draw_background(rng, x, y) * (1 - inside)), shape
 
 
@@ -113,8 +123,9 @@ def coordinates(H, W):
 
 
 def draw_shape(rng, x, y, shape, texture, radii, spread=1):
-    """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, indices into SHAPES and
-    TEXTURES, of a radius between two bounds, somewhere within the image; `spread` 0 is its middle."""
+    """(colours (H, W, 3), coverage (H, W, 1) from 0 to 1) of a shape and its texture, indices into
+    SHAPES and TEXTURES, of a radius between two bounds, somewhere within the image; `spread` 0 is
+    its middle."""
     radius, turn = rng.uniform(*radii), math.radians(rng.uniform(-40, 40))
     pixel = 2 / min(x.size, y.size)
     room = [axis.size * pixel / 2 - radius for axis in (x, y)]
@@ -122,7 +133,7 @@ def draw_shape(rng, x, y, shape, texture, radii, spread=1):
     dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
     inside = 0.5 - list(SHAPES.values())[shape](dx / radius, dy / radius) * radius / pixel
 
-    wave = 2 * math.pi / rng.uniform(0.24, 0.4)                                  # 4 to 6.4 pixels a period at 32
+    wave = 2 * math.pi / rng.uniform(0.24, 0.4)                  # 4 to 6.4 pixels a period at 32
     u, v = wave * (dx - rng.uniform(-.1, .1)), wave * (dy - rng.uniform(-.1, .1))
     tone = np.clip(0.5 + list(TEXTURES.values())[texture](u, v), 0, 1)[..., None]
     light, middle = colour(rng, 0.75, 1), colour(rng, 0.45, 0.7)

@@ -1,6 +1,8 @@
-"""How accurate is a model after each row of patches? A row for each checkpoint; downstream/anytime.py reads and trains.
+"""How accurate is a model after each row of patches?
 
     python -m replication.anytime out/a out/b --out out/rows.jsonl
+
+A row for each checkpoint; downstream/anytime.py reads and trains.
 """
 from pathlib import Path
 
@@ -32,7 +34,8 @@ def main(argv=None):
     for subject in open_subjects(args):
         by_row = accuracy_by_row(subject)
         folder = Path(subject.path).parent if Path(subject.path).is_file() else Path(subject.path)
-        append_row(subject.described() | dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row), args.out)
+        row = dict(run=folder.name, test_acc1=by_row[-1], acc1_by_row=by_row)
+        append_row(subject.described() | row, args.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""How many training images a second the cores prepare, from the file to the batch, beside timm's pipeline.
+"""How many training images a second the cores prepare, from file to batch, beside timm's pipeline.
 
-    python -m replication.bench_data PATH --out out/data.jsonl          # one core, images in PATH/train/CLASS/
-    python -m replication.bench_data PATH --workers 16 --models ours    # what that many data-loading workers deliver
-    python -m replication.bench_data PATH --make 100000                 # with photos that are drawn into PATH first
+    # One core, images in PATH/train/CLASS/
+    python -m replication.bench_data PATH --out out/data.jsonl
+    # What that many data-loading workers deliver
+    python -m replication.bench_data PATH --workers 16 --models ours
+    # With photos that are drawn into PATH first
+    python -m replication.bench_data PATH --make 100000
 
-Both read the same images with the published augmentation at 224 pixels and take turns; the rows are medians. timm's
-pipeline (pip install --no-deps timm==0.5.4) normalises and erases each image, ours leaves that to the device, a batch
-at a time.
+Both read the same images with the published augmentation at 224 pixels and take turns; the rows are
+medians. timm's pipeline (pip install --no-deps timm==0.5.4) normalises and erases each image, ours
+leaves that to the device, a batch at a time.
 """
 import os
 from functools import partial
@@ -30,14 +33,14 @@ DIFFERENT = 256                    # drawn photos; the others are links to them
 
 
 def make(root, count):
-    """PATH/train and PATH/val with 1,000 class folders of JPEGs as large as ImageNet's: 500 x 375 pixels, 90 kB, of
-    coarse and fine noise."""
+    """PATH/train and PATH/val with 1,000 class folders of JPEGs as large as ImageNet's: 500 x 375
+    pixels, 90 kB, of coarse and fine noise."""
     names = []
     for i in range(DIFFERENT):
         rng, photo = np.random.default_rng(i), np.full((375, 500, 3), 127.0)
         for size in (4, 12, 36, 108, 500):
-            noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).resize((500, 375))
-            photo += (np.asarray(noise) - 127.0) * 0.7 / size ** 0.2
+            noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+            photo += (np.asarray(noise.resize((500, 375))) - 127.0) * 0.7 / size ** 0.2
         names.append(root / f"{i}.jpg")
         root.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(names[-1], quality=90)
@@ -51,11 +54,14 @@ def make(root, count):
 def timm_images(path):
     auto_augment = peer("timm.data.auto_augment")
     posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
-    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = (     # Pillow 13 refuses 0 bits, which are black
-        lambda image, bits, **kwargs: posterize(image, bits, **kwargs) if bits else Image.new("RGB", image.size))
+    # Pillow 13 refuses 0 bits, which are black
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = (
+        lambda image, bits, **kwargs: posterize(image, bits, **kwargs) if bits
+        else Image.new("RGB", image.size))
     transform = peer("timm.data").create_transform(
-        224, is_training=True, color_jitter=0.4, interpolation="bicubic", auto_augment="rand-m9-mstd0.5-inc1",
-        re_prob=0.25, re_mode="pixel", re_count=1, mean=MEAN, std=STD)
+        224, is_training=True, color_jitter=0.4, interpolation="bicubic",
+        auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", re_count=1,
+        mean=MEAN, std=STD)
     return datasets.ImageFolder(path / "train", transform=transform)
 
 
@@ -66,11 +72,12 @@ def consume(batches):
 
 def ways_to_load(args):
     """({name: function that loads images}, how many)"""
-    images = Images(open_folder(args.path, "train"), partial(train_transform, size=224, augment=True))
+    images = Images(open_folder(args.path, "train"),
+                    partial(train_transform, size=224, augment=True))
     count = min(len(images.source), args.images * max(1, args.workers))
     n_batches = count // args.batch_size
-    require(n_batches, f"{count} images are less than one --batch-size {args.batch_size}: make that smaller, or --images "
-            "larger")
+    require(n_batches, f"{count} images are less than one --batch-size {args.batch_size}: make "
+            "that smaller, or --images larger")
     ours = list(islice(train_batches(len(images.source), args.batch_size), n_batches))
     theirs = [[index for _, index in batch] for batch in ours]
     ways = {}
@@ -78,7 +85,8 @@ def ways_to_load(args):
         ways["ours"] = lambda: consume(loader(images, ours, args.workers))
     if "timm" in args.models:
         source = timm_images(args.path)
-        ways["timm"] = lambda: consume(DataLoader(source, batch_sampler=theirs, num_workers=args.workers))
+        ways["timm"] = lambda: consume(DataLoader(source, batch_sampler=theirs,
+                                                  num_workers=args.workers))
     return ways, n_batches * args.batch_size
 
 
@@ -86,9 +94,11 @@ def ways_to_load(args):
 def main(argv=None):
     parser = Parser(prog="python -m replication.bench_data", description=__doc__)
     parser.add_argument("path", type=Path, help="folder with train/ of class folders")
-    parser.add_argument("--make", type=int, default=0, help="make the folder, with so many training images")
+    parser.add_argument("--make", type=int, default=0,
+                        help="make the folder, with so many training images")
     parser.add_argument("--models", nargs="+", choices=("timm", "ours"), default=["timm", "ours"])
-    parser.add_argument("--workers", type=int, default=0, help="data-loading workers; 0: this process")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="data-loading workers; 0: this process")
     parser.add_argument("--images", type=int, default=320, help="how many, per worker")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
@@ -100,9 +110,11 @@ def main(argv=None):
             make(folder, args.make)
     torch.set_num_threads(1)
     ways, count = ways_to_load(args)
-    for name, seconds in medians_in_turns(ways, args.repeats, warm_up=1).items():        # which fills the file cache
+    medians = medians_in_turns(ways, args.repeats, warm_up=1)        # which fills the file cache
+    for name, seconds in medians.items():
         rate = round(count / seconds)
-        append_row(dict(pipeline=name, workers=args.workers, images=count, images_per_s=rate), args.out)
+        row = dict(pipeline=name, workers=args.workers, images=count, images_per_s=rate)
+        append_row(row, args.out)
 
 
 if __name__ == "__main__":

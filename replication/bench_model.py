@@ -1,14 +1,15 @@
-"""How fast a training step and inference are, and how much memory they take, beside models of others.
+"""How fast a training step and inference are, and how much memory they take, beside others' models.
 
-    pip install --no-deps timm==0.5.4                                # or any other version, which the rows name
+    pip install --no-deps timm==0.5.4                    # or any other version, which the rows name
     python -m replication.bench_model --out out/training.jsonl
     python -m replication.bench_model --device cuda --sizes base --dtypes bfloat16 --batch-sizes 128
 
-All contenders are built first and then timed in turns, so that a slow minute of the machine hits all of them; each row
-is the median of the turns. `peak` is the fraction of the peak matmul throughput, measured between them: 2
-(inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of that size, per second.
-`saved_mb` is the activation memory (saved for backward); `step_mb`, on a GPU, the most memory that a step takes beside
-the weights; both in 10^6 bytes.
+All contenders are built first and then timed in turns, so that a slow minute of the machine hits
+all of them; each row is the median of the turns. `peak` is the fraction of the peak matmul
+throughput, measured between them: 2 (inference) or 6 (training) times the published dense
+multiply-accumulates of the iLLaMA of that size, per second. `saved_mb` is the activation memory
+(saved for backward); `step_mb`, on a GPU, the most memory that a step takes beside the weights;
+both in 10^6 bytes.
 """
 import importlib
 import itertools
@@ -28,11 +29,13 @@ from harness.run import Machine
 from model import SIZES, VisionTransformer, config
 from replication.properties import append_row, multiply_accumulates, one_process
 
-DTYPES = ("float32", "tf32", "bfloat16", "float16")                  # tf32: float32 with TF32 in matrix multiplications
+# tf32: float32 with TF32 in matrix multiplications
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
 
 
 def medians_in_turns(ways, repeats, warm_up=0):
-    """{name: median seconds} of functions that take turns, so that a slow minute of the machine hits all of them."""
+    """{name: median seconds} of functions that take turns, so that a slow minute of the machine
+    hits all of them."""
     seconds = {name: [] for name in ways}
     for repeat in range(warm_up + repeats):
         for name, way in ways.items():
@@ -49,7 +52,8 @@ def peer(module):
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:
-        raise InputError("timm is missing: pip install --no-deps timm==0.5.4, or leave it out of --models") from error
+        raise InputError("timm is missing: pip install --no-deps timm==0.5.4, or leave it out of "
+                         "--models") from error
 
 
 def build_timm(size, img_size):
@@ -57,7 +61,8 @@ def build_timm(size, img_size):
 
 
 def build_torchvision(size, img_size):
-    require(size in ("base", "large"), f"torchvision has no ViT of size {size}: leave it out of --models or --sizes")
+    require(size in ("base", "large"), f"torchvision has no ViT of size {size}: leave it out of "
+            "--models or --sizes")
     return getattr(torchvision.models, f"vit_{size[0]}_16")(image_size=img_size)
 
 
@@ -96,7 +101,8 @@ class Contender:
     def loss(self):
         use_tf32(self.dtype == "tf32")
         low = self.dtype in ("bfloat16", "float16")
-        with torch.autocast(self.device.type, getattr(torch, self.dtype) if low else torch.float32, enabled=low):
+        dtype = getattr(torch, self.dtype) if low else torch.float32
+        with torch.autocast(self.device.type, dtype, enabled=low):
             return F.cross_entropy(self.model(self.images), self.labels)
 
     def run(self):
@@ -122,8 +128,10 @@ class Contender:
         return found
 
     def saved_for_backward(self):
-        """Bytes of the tensors that a forward pass keeps for the backward pass, weights and tables not counted."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        """Bytes of the tensors that a forward pass keeps for the backward pass, weights and tables
+        not counted."""
+        own = {tensor.untyped_storage().data_ptr()
+               for tensor in [*self.model.parameters(), *self.model.buffers()]}
         saved = {}
 
         def keep(tensor):
@@ -132,7 +140,8 @@ class Contender:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss()          # kept, or the tensors would go, and others could take their addresses
+            # Kept, or the tensors would go, and others could take their addresses
+            loss = self.loss()
         del loss
         return sum(saved.values())
 
@@ -160,23 +169,29 @@ def main(argv=None):
     parser.add_argument("--img-sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--inference", action="store_true", help="a forward pass, not a training step")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+    parser.add_argument("--inference", action="store_true",
+                        help="a forward pass, not a training step")
+    parser.add_argument("--device", choices=DEVICES, default="auto",
+                        help="auto takes a GPU where there is one")
     parser.add_argument("--out", type=nonempty, help="append the rows to this file as well")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     device = one_process(args.device)
 
-    torch._dynamo.config.recompile_limit = 100             # all models share one forward's code, and stay compiled
-    torch._dynamo.config.automatic_dynamic_shapes = False  # for the shape that each is timed on, whatever came before
+    # All models share one forward's code, and stay compiled for the shape that each is timed on,
+    # whatever came before
+    torch._dynamo.config.recompile_limit = 100
+    torch._dynamo.config.automatic_dynamic_shapes = False
     torch.manual_seed(0)
     n = 8192 if device.type == "cuda" else 2048            # large enough for all of its throughput
     names = ("model", "size", "dtype", "compiled", "img_size", "batch_size")
     ways, rows = {}, {}
     for dtype in args.dtypes:
-        a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype.replace("tf32", "float32")))
+        a, b = torch.randn(2, n, n, device=device).to(
+            getattr(torch, dtype.replace("tf32", "float32")))
         ways[dtype] = partial(matmul, a, b, dtype == "tf32")
-    for key in itertools.product(args.models, args.sizes, args.dtypes, args.compile, args.img_sizes, args.batch_sizes):
+    for key in itertools.product(args.models, args.sizes, args.dtypes, args.compile,
+                                 args.img_sizes, args.batch_sizes):
         contender = Contender(*key, not args.inference, device)
         row = dict(zip(names, key)) | dict(compiled=bool(key[3]), training=not args.inference)
         rows[key] = row | contender.memory()

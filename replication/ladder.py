@@ -1,14 +1,17 @@
-"""The ladder on CIFAR-10: every step and its variants with several seeds, each a plain run of train.py.
+"""The ladder on CIFAR-10: every step and variant with several seeds, each a plain run of train.py.
 
     python -m replication.ladder               # stopped and started again, it continues
     python -m replication.ladder --seeds 5     # two more of each: only what is missing is run
     python -m replication.ladder --epochs 10   # longer runs, in a folder of their own
-    python -m replication.ladder --with="--lr 5e-4" --steps vit swiglu           # more flags of train.py, for all runs
-    python -m replication.ladder --long --epochs 100 --device cuda --jobs 4      # size T, several runs at once on a GPU
+    # More flags of train.py, for all runs
+    python -m replication.ladder --with="--lr 5e-4" --steps vit swiglu
+    # Size T, several runs at once on a GPU
+    python -m replication.ladder --long --epochs 100 --device cuda --jobs 4
 
-A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as `step`, and its folder
-stays. results/ladder.jsonl holds the rows that the README shows; all were run on a CPU, so that they compare. Rows of
---with name its flags as `with`; results/ladder-with.jsonl holds those that the pages show, ladder-long.jsonl of --long.
+A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as
+`step`, and its folder stays. results/ladder.jsonl holds the rows that the README shows; all were
+run on a CPU, so that they compare. Rows of --with name its flags as `with`;
+results/ladder-with.jsonl holds those that the pages show, ladder-long.jsonl of --long.
 """
 import json
 import os
@@ -24,25 +27,30 @@ from pathlib import Path
 
 from data import open_data
 from harness.flags import InputError, Parser, check_bounds, flag, nonempty, require
-from harness.processes import DEVICES, default_workers, report_errors, stop_on_signals, stop_requests
+from harness.processes import (DEVICES, default_workers, report_errors, stop_on_signals,
+                               stop_requests)
 from harness.run import write
 from train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-# Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the digit.
-FLAGS = ("--recipe small-data --size nano --width 96 --heads 3 --depth 4 --patch-size 4 --batch-size 64 --lr 1e-3 "
-         "--dtype bfloat16 --compile")
-# Size T itself, for a GPU. RandAugment is left out: the cores beside a GPU would need longer for it than that trains.
-LONG = ("--recipe small-data --size tiny --patch-size 4 --batch-size 512 --micro-batch 512 --lr 1e-3 --drop-path 0.1 "
-        "--mixup 0.8 --cutmix 1.0 --erasing 0.25 --dtype bfloat16 --compile")
+# Half of size T's width and a third of its depth; there, too, SwiGLU's hidden width is 8/3 D to the
+# digit.
+FLAGS = ("--recipe small-data --size nano --width 96 --heads 3 --depth 4 --patch-size 4 "
+         "--batch-size 64 --lr 1e-3 --dtype bfloat16 --compile")
+# Size T itself, for a GPU. RandAugment is left out: the cores beside a GPU would need longer for it
+# than that trains.
+LONG = ("--recipe small-data --size tiny --patch-size 4 --batch-size 512 --micro-batch 512 "
+        "--lr 1e-3 --drop-path 0.1 --mixup 0.8 --cutmix 1.0 --erasing 0.25 --dtype bfloat16 "
+        "--compile")
 
 
-MAY_DIFFER = ("seeds", "steps", "device", "jobs", "out")        # between calls for the same folder of runs
+MAY_DIFFER = ("seeds", "steps", "device", "jobs", "out")    # between calls for one folder of runs
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the results: what it changes, the step that it is compared with, and what the paper reports for it."""
+    """A row of the results: what it changes, the step that it is compared with, and what the paper
+    reports for it."""
     what: str
     against: str = ""
     flags: str = ""                       # default: --step and its name
@@ -62,20 +70,24 @@ VARIANTS = {
     "abs_pos": Variant("learned positions as well", "rope"),
     "soft_mask": Variant("soft mask: **iLLaMA**", "abs_pos"),
     # Variants
-    "modified": Variant("class token first, and it alone attends to all", "rmsnorm", "--step rmsnorm --mask modified"),
+    "modified": Variant("class token first, and it alone attends to all", "rmsnorm",
+                        "--step rmsnorm --mask modified"),
     "rope_alone": Variant("RoPE instead of learned positions, no causal mask", "rmsnorm",
                           "--step rmsnorm --rope --no-abs-pos"),
-    "soft_first": Variant("class token first, `soft` at alpha 0 from the start: the **leak**", "causal",
-                          "--step rmsnorm --mask soft --soft-mask-epochs 0"),
+    "soft_first": Variant("class token first, `soft` at alpha 0 from the start: the **leak**",
+                          "causal", "--step rmsnorm --mask soft --soft-mask-epochs 0"),
     "soft_constant": Variant("alpha 1 for an epoch, then 0 at once", "soft_mask",
                              "--step soft_mask --soft-mask-schedule constant"),
-    "soft_log": Variant("a soft mask that does not leak", "soft_mask", "--step soft_mask --mask soft_log"),
+    "soft_log": Variant("a soft mask that does not leak", "soft_mask",
+                        "--step soft_mask --mask soft_log"),
 }
-PUBLISHED = [json.loads(line) for line in (ROOT / "replication" / "results" / "published-tables.jsonl").read_text().splitlines()]
+TABLES = ROOT / "replication" / "results" / "published-tables.jsonl"
+PUBLISHED = [json.loads(line) for line in TABLES.read_text().splitlines()]
 for row in PUBLISHED:                     # Table 17, and Table 1 for `modified`
     if row["row"] in VARIANTS:
-        VARIANTS[row["row"]] = replace(VARIANTS[row["row"]], published=row["tiny"], published_loss=row["tiny_loss"],
-                                       published_base=row["base"], published_base_loss=row["base_loss"])
+        VARIANTS[row["row"]] = replace(
+            VARIANTS[row["row"]], published=row["tiny"], published_loss=row["tiny_loss"],
+            published_base=row["base"], published_base_loss=row["base_loss"])
 
 
 def step_flags(step):
@@ -87,7 +99,8 @@ def title_of(step):
 
 
 def long_flags(step, epochs):
-    """LONG, with a warm-up of 1/20 of the epochs, and 1/6 for the soft mask, as published for size T."""
+    """LONG, with a warm-up of 1/20 of the epochs, and 1/6 for the soft mask, as published for size
+    T."""
     flags = [*LONG.split(), "--warmup-epochs", str(epochs // 20)]
     if "soft" in step:
         flags += ["--soft-mask-epochs", str(epochs // 6)]
@@ -95,7 +108,8 @@ def long_flags(step, epochs):
 
 
 def train(folder, command, jobs, device):
-    """A run, from where it stands to its end, in a process of its own. Returns its exit code, or None if not begun."""
+    """A run, from where it stands to its end, in a process of its own. Returns its exit code, or
+    None if not begun."""
     if stop_requests:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +117,8 @@ def train(folder, command, jobs, device):
     environment = os.environ | dict(OMP_NUM_THREADS=str(cores))
     machine = ["--device", device, "--workers", "0" if device == "cpu" else str(cores)]
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen([sys.executable, *command, *machine, "--out", folder, "--resume"], stdout=log,
-                                   stderr=log, env=environment)
+        process = subprocess.Popen([sys.executable, *command, *machine, "--out", folder,
+                                    "--resume"], stdout=log, stderr=log, env=environment)
     while process.poll() is None:
         time.sleep(0.2)
         if stop_requests:
@@ -116,11 +130,13 @@ def train(folder, command, jobs, device):
 def read_rows(file):
     """The rows of a file, if there is one. InputError if it is damaged."""
     try:
-        rows = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        rows = [json.loads(line) for line in lines]
     except ValueError as error:
-        raise InputError(f"{file} does not have a JSON object in each line ({error}): repair or remove it") from error
-    require(all(isinstance(row, dict) for row in rows), f"{file} does not have a JSON object in each line: repair or "
-            "remove it")
+        raise InputError(f"{file} does not have a JSON object in each line ({error}): repair or "
+                         "remove it") from error
+    require(all(isinstance(row, dict) for row in rows), f"{file} does not have a JSON object in "
+            "each line: repair or remove it")
     return rows
 
 
@@ -133,20 +149,23 @@ def commit():
 
 
 def claim(folder, args):
-    """Make a folder for runs, which belongs to one program and one set of flags, and says so in about.json.
-    InputError if it belongs to others."""
-    file, about = folder / "about.json", {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    """Make a folder for runs, which belongs to one program and one set of flags, and says so in
+    about.json. InputError if it belongs to others."""
+    file = folder / "about.json"
+    about = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     before = json.loads(file.read_text()) if file.exists() else about
     for name in sorted(before.keys() | about):
         was, now = before.get(name), about.get(name)
-        require(was == now, f"{folder} holds runs with {flag(name)} {was!r}, not {now!r}: give another folder with --out")
+        require(was == now, f"{folder} holds runs with {flag(name)} {was!r}, not {now!r}: give "
+                "another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     write(file, json.dumps(about).encode())
 
 
 def train_all(runs, args, curve=False):
-    """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have their row in
-    rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns whether all are finished."""
+    """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have
+    their row in rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns
+    whether all are finished."""
     claim(args.out, args)
     table, left, code = args.out / "rows.jsonl", {}, commit()
     done = read_rows(table)
@@ -170,7 +189,7 @@ def train_all(runs, args, curve=False):
                     file.write(json.dumps(row) + "\n")
                 print(f"{name}: {row['test_acc1']:.2f} %", flush=True)
             elif future.result() is not None:
-                stop_requests.append("a run that failed")               # the others save themselves, too
+                stop_requests.append("a run that failed")        # the others save themselves, too
                 print(f"{name}: not finished, see {args.out / name / 'log.txt'}", flush=True)
     return not stop_requests
 
@@ -178,12 +197,15 @@ def train_all(runs, args, curve=False):
 def parser_of_runs(program, description, out=None):
     """The flags of programs that make many runs."""
     parser = Parser(prog=f"python -m replication.{program}", description=description)
-    parser.add_argument("--data", default="cifar10", help="cifar10, which is downloaded, or as in train.py")
+    parser.add_argument("--data", default="cifar10",
+                        help="cifar10, which is downloaded, or as in train.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--epochs", type=int, default=3, help="of each run")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of each run")
-    parser.add_argument("--jobs", type=int, default=max(1, default_workers()), help="runs at a time, sharing the cores")
-    parser.add_argument("--out", type=nonempty, default=out, help="folder of the runs and their rows"
+    parser.add_argument("--jobs", type=int, default=max(1, default_workers()),
+                        help="runs at a time, sharing the cores")
+    parser.add_argument("--out", type=nonempty, default=out,
+                        help="folder of the runs and their rows"
                         + ("" if out else "; default: one in out/, named by the other flags"))
     return parser
 
@@ -193,8 +215,8 @@ def parse_runs(parser, argv):
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     args.out, args.program = args.out and Path(args.out), parser.prog
-    open_data(args.data, "train", 32)                                   # downloaded here, once, if at all
-    stop_on_signals()                                                   # its runs save themselves
+    open_data(args.data, "train", 32)                    # downloaded here, once, if at all
+    stop_on_signals()                                    # its runs save themselves
     return args
 
 
@@ -209,8 +231,10 @@ def main(argv=None):
     more = shlex.split(vars(args)["with"])
     given = parse(more)
     own = given.keys() & {"data", "epochs", "step", "seed", "device", "workers", "out", "resume"}
-    require(not own, f"--with sets {', '.join(map(flag, sorted(own)))}, which the ladder does itself: leave that out")
-    name = ["ladder-long" if args.long else "ladder", str(args.epochs), *re.findall(r"[\w.]+", " ".join(more))]
+    require(not own, f"--with sets {', '.join(map(flag, sorted(own)))}, which the ladder does "
+            "itself: leave that out")
+    name = ["ladder-long" if args.long else "ladder", str(args.epochs),
+            *re.findall(r"[\w.]+", " ".join(more))]
     args.out = args.out or Path("out", "-".join(name))
     runs = {}
     for seed in range(args.seeds):

@@ -1,16 +1,20 @@
-"""Quantization-aware training with 8 bits, as the paper has it, on any step; and the same model with 32 bits.
+"""Quantization-aware training with 8 bits, as in the paper, on any step; and the same with 32 bits.
 
-    python -m replication.quantize --data cifar10      # ViT and iLLaMA; stopped and started again, it continues
-    python -m replication.quantize train --step ps_cls --data cifar10     # train.py, with 8 bits
-    python -m replication.quantize control --step ps_cls --data cifar10   # the same without rounding
+    # ViT and iLLaMA; stopped and started again, it continues
+    python -m replication.quantize --data cifar10
+    # train.py, with 8 bits
+    python -m replication.quantize train --step ps_cls --data cifar10
+    # The same without rounding
+    python -m replication.quantize control --step ps_cls --data cifar10
 
-All that enters a matrix multiplication in the blocks is quantized, simulated in float: weights and inputs of the linear
-layers, queries, keys, values and attention maps. A step size is learned (LSQ, arXiv 1902.08153; LSQ+, 2004.09576) for
-each row of a weight, each channel of an input and each head, and a zero point for all but the weights. As in the
-authors' code these share the weights' learning rate, may change sign, and have gradients that depend on the micro-batch
-size; and a head's queries and keys are normalized after RoPE. That alone changes much: so does `control`. Other than
-there, step sizes start from Gaussian noise as images, zero points at 0; and --dtype bfloat16 rounds what is quantized
-once more. eval.py does not take such models: their accuracy is in metrics.jsonl.
+All that enters a matrix multiplication in the blocks is quantized, simulated in float: weights and
+inputs of the linear layers, queries, keys, values and attention maps. A step size is learned (LSQ,
+arXiv 1902.08153; LSQ+, 2004.09576) for each row of a weight, each channel of an input and each
+head, and a zero point for all but the weights. As in the authors' code these share the weights'
+learning rate, may change sign, and have gradients that depend on the micro-batch size; and a head's
+queries and keys are normalized after RoPE. That alone changes much: so does `control`. Other than
+there, step sizes start from Gaussian noise as images, zero points at 0; and --dtype bfloat16 rounds
+what is quantized once more. eval.py does not take such models: their accuracy is in metrics.jsonl.
 """
 import math
 import sys
@@ -37,10 +41,11 @@ def scale_gradient(x, factor):
 
 
 class Quantizer(nn.Module):
-    """(round(clamp(x / step_size + zero)) - zero) * step_size, integers of 8 bits, with or without a sign.
+    """(round(clamp(x / step_size + zero)) - zero) * step_size, integers of 8 bits, with or without
+    a sign.
 
-    count: how many step sizes, and zero points unless `symmetric`, are learned; `shape` is what they broadcast as.
-    Gradients of both are divided by sqrt(x.numel() * largest integer).
+    count: how many step sizes, and zero points unless `symmetric`, are learned; `shape` is what
+    they broadcast as. Gradients of both are divided by sqrt(x.numel() * largest integer).
     """
     def __init__(self, count, shape, symmetric=False, signed=True):
         super().__init__()
@@ -55,7 +60,8 @@ class Quantizer(nn.Module):
             self.started = True
         factor = 1 / math.sqrt(x.numel() * self.high)
         step_size = scale_gradient(self.step_size, factor).view(self.shape)
-        zero = 0 if self.zero is None else rounded(scale_gradient(self.zero, factor)).view(self.shape)
+        zero = (0 if self.zero is None
+                else rounded(scale_gradient(self.zero, factor)).view(self.shape))
         return (rounded((x / step_size + zero).clamp(self.low, self.high)) - zero) * step_size
 
 
@@ -72,7 +78,8 @@ class QuantizedLinear(nn.Module):
 
 
 class NormalizedAttention(Attention):
-    """Attention with RMSNorm of each head's queries and keys after RoPE; layers are those of `attention`."""
+    """Attention with RMSNorm of each head's queries and keys after RoPE; layers are those of
+    `attention`."""
     def __init__(self, cfg, attention):
         super().__init__(cfg)
         self.qkv, self.proj = attention.qkv, attention.proj
@@ -88,7 +95,8 @@ class QuantizedAttention(NormalizedAttention):
     def __init__(self, cfg, attention):
         super().__init__(cfg, attention)
         self.qkv, self.proj = QuantizedLinear(self.qkv), QuantizedLinear(self.proj)
-        self.quantize_q, self.quantize_k, self.quantize_v = (Quantizer(cfg.heads, (-1, 1, 1)) for _ in range(3))
+        self.quantize_q, self.quantize_k, self.quantize_v = (
+            Quantizer(cfg.heads, (-1, 1, 1)) for _ in range(3))
         self.quantize_attn = Quantizer(cfg.heads, (-1, 1, 1), signed=False)
 
     def qkv_heads(self, x, rope):
@@ -120,21 +128,23 @@ class QuantizedTransformer(VisionTransformer):
             for name, layer in block.mlp.named_children():
                 setattr(block.mlp, name, QuantizedLinear(layer))
         if cfg.soft:
-            self.set_soft_mask(1.0)                                  # as in the authors' first forward pass
+            self.set_soft_mask(1.0)                      # as in the authors' first forward pass
         with torch.no_grad():
             self(torch.randn(8, 3, cfg.img_size, cfg.img_size))      # sets the step sizes
         if cfg.soft:
             self.set_soft_mask(0.0)
 
     def forward(self, images):
-        """With all tokens in the last block, too: the gradients of its step sizes depend on their number."""
+        """With all tokens in the last block, too: the gradients of its step sizes depend on their
+        number."""
         return self.head(self.forward_features(images)[:, self.cls])[:, 0]
 
     def mask(self, queries=slice(None)):
-        return super().mask(queries)                                 # with its table, under `causal`, too
+        return super().mask(queries)                     # with its table, under `causal`, too
 
 
-PROGRAMS = {"train": (QuantizedTransformer, 8), "control": (NormalizedTransformer, 32)}     # the model and its bits
+PROGRAMS = {  # the model and its bits
+    "train": (QuantizedTransformer, 8), "control": (NormalizedTransformer, 32)}
 
 
 @report_errors()
@@ -147,9 +157,11 @@ def main(argv=None):
     for seed in range(args.seeds):
         for step in ("vit", "soft_mask"):
             for program, (_, bits) in PROGRAMS.items():
-                command = ["-m", "replication.quantize", program, "--data", args.data, *FLAGS.split(),
-                           "--epochs", str(args.epochs), "--step", step, "--seed", str(seed)]
-                runs[f"{step}-{bits}-{seed}"] = command, dict(step=step, bits=bits, seed=seed, epoch=args.epochs - 1)
+                command = ["-m", "replication.quantize", program, "--data", args.data,
+                           *FLAGS.split(), "--epochs", str(args.epochs), "--step", step,
+                           "--seed", str(seed)]
+                row = dict(step=step, bits=bits, seed=seed, epoch=args.epochs - 1)
+                runs[f"{step}-{bits}-{seed}"] = command, row
     sys.exit(0 if train_all(runs, args) else 1)
 
 

@@ -1,10 +1,15 @@
-"""Is weight selection worth it? Smaller models that start from some of a larger one's weights, and random ones beside.
+"""Is weight selection worth it?
 
-    python -m replication.starts --data cifar10      # 13 runs; stopped and started again, it continues
-    python -m replication.starts --data cifar10 --other-classes      # the larger model has seen half of them alone
+Smaller models that start from some of a larger one's weights, and random ones beside.
 
-See downstream/selection.py for the two rules. `permuted` is a control: the weights of `uniform`, shuffled within each
-tensor. With --other-classes the smaller models are trained on the second half. A row has the accuracy after each epoch.
+    # 13 runs; stopped and started again, it continues
+    python -m replication.starts --data cifar10
+    # The larger model has seen half of the classes alone
+    python -m replication.starts --data cifar10 --other-classes
+
+See downstream/selection.py for the two rules. `permuted` is a control: the weights of `uniform`,
+shuffled within each tensor. With --other-classes the smaller models are trained on the second half.
+A row has the accuracy after each epoch.
 """
 import sys
 from pathlib import Path
@@ -28,7 +33,8 @@ OTHERS = ("random", "uniform", "permuted")            # with --other-classes
 
 
 def permute(checkpoint, seed):
-    """Shuffle the elements of each tensor: their values stay, what they computed together does not."""
+    """Shuffle the elements of each tensor: their values stay, what they computed together does
+    not."""
     generator = torch.Generator().manual_seed(seed_of("permute", seed))
     for name, tensor in checkpoint["model"].items():
         order = torch.randperm(tensor.numel(), generator=generator)
@@ -56,7 +62,8 @@ def train_larger(args, name, program):
 
 
 def train_smaller(args, starts, larger, program, suffix=""):
-    """Whether the smaller models are trained, after the checkpoints are made that they start from."""
+    """Whether the smaller models are trained, after the checkpoints are made that they start
+    from."""
     command = [*program, *FLAGS.split(), *SMALLER.split(), "--epochs", str(args.epochs)]
     runs = {}
     for seed in range(args.seeds):
@@ -67,8 +74,8 @@ def train_smaller(args, starts, larger, program, suffix=""):
                 init = ["--init-from", small]
                 if not small.exists():
                     make_start(start, args.out / larger / "last.pt", small, seed)
-            runs[name] = ([*command, "--seed", str(seed), *init],
-                          dict(data=args.data, start=start + suffix, seed=seed, epoch=args.epochs - 1))
+            row = dict(data=args.data, start=start + suffix, seed=seed, epoch=args.epochs - 1)
+            runs[name] = [*command, "--seed", str(seed), *init], row
     return train_all(runs, args, curve=True)
 
 
@@ -76,18 +83,20 @@ def train_smaller(args, starts, larger, program, suffix=""):
 def main(argv=None):
     parser = parser_of_runs("starts", __doc__)
     parser.add_argument("--larger-epochs", type=int, default=4)
-    parser.add_argument("--other-classes", action="store_true", help="the larger model is trained on half of the "
-                        "classes, the smaller ones on the others")
+    parser.add_argument("--other-classes", action="store_true", help="the larger model is trained "
+                        "on half of the classes, the smaller ones on the others")
     args = parse_runs(parser, argv)
     args.out = args.out or Path("out", "select-other" if args.other_classes else "select")
     if args.other_classes:
-        open_part(f"{args.data}:first", "train", 32)                 # refused now if these data have no parts
+        open_part(f"{args.data}:first", "train", 32)     # refused now if these data have no parts
         program = ["-m", "replication.transfer", "train", "--data"]
         done = (train_larger(args, "larger-other", [*program, f"{args.data}:first"])
-                and train_smaller(args, OTHERS, "larger-other", [*program, f"{args.data}:rest-100-0"], "-other"))
+                and train_smaller(args, OTHERS, "larger-other",
+                                  [*program, f"{args.data}:rest-100-0"], "-other"))
     else:
         program = [ROOT / "train.py", "--data", args.data]
-        done = train_larger(args, "larger", program) and train_smaller(args, STARTS, "larger", program)
+        done = (train_larger(args, "larger", program)
+                and train_smaller(args, STARTS, "larger", program))
     sys.exit(0 if done else 1)
 
 
