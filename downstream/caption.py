@@ -1,12 +1,13 @@
 """The same decoder reads an image and writes what is in it: "a large star top left ."
 
-    python -m downstream.caption --out out/words              # train: ten minutes on 2 CPU cores
+    python -m downstream.caption --out out/words              # train: five minutes on 2 CPU cores
     python -m downstream.caption --say two                    # "a star above a ring ."
-    python -m downstream.caption show out/words               # what it writes of eight images, and draw them
-    python -m downstream.caption show out/words --image FILE  # of an image; --rows: after each row of patches
+    python -m downstream.caption show out/words               # what it writes of eight images
+    python -m downstream.caption show out/words --image FILE --rows   # after each row of patches
 
-The class token at the end of the sequence is the start-of-text token, the head is a language model's, and a class is a
-sentence of one word. Images are drawn anew in each epoch, by the words that describe them.
+The class token at the end of the sequence is the start-of-text token, the head is a language
+model's, and a class is a sentence of one word. Images are drawn anew in each epoch, by the words
+that describe them.
 """
 import random
 import sys
@@ -15,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid
 
 from data import eval_batches, eval_transform, loader, normalize, seed_of, train_batches
 from downstream.anytime import Reader
@@ -42,8 +43,8 @@ KINDS = dict(size=("small", "large"), shape=tuple(SHAPES), place=("top", "middle
 WORDS = ["<pad>", ".", "a", *(word for words in KINDS.values() for word in words)]
 PAD, END = 0, 1
 LONGEST = 6                           # words of a sentence, its full stop included
-SENTENCES = ("one", "two", "name")    # "a large star top left .", "a star above a ring .", "star"
-RADII = dict(small=(0.28, 0.34), large=(0.5, 0.56), alone=(0.36, 0.44))  # a gap between the first two
+SENTENCES = ("one", "two", "name")    # "a large star top left .", "a star above a ring .", "star ."
+RADII = dict(small=(0.28, 0.34), large=(0.5, 0.56), either=(0.36, 0.44))     # with a gap between
 
 
 class Captioned(Dataset):
@@ -52,7 +53,8 @@ class Captioned(Dataset):
     classes = WORDS
 
     def __init__(self, say, split, img_size, count, seed=0):
-        self.say, self.split, self.img_size, self.count, self.seed = say, split, img_size, count, seed
+        self.say, self.split, self.img_size = say, split, img_size
+        self.count, self.seed = count, seed
 
     def __len__(self):
         return self.count
@@ -64,12 +66,13 @@ class Captioned(Dataset):
             names, relation = rng.choices(KINDS["shape"], k=2), rng.choice(KINDS["relation"])
             sentence = f"a {names[0]} {relation} a {names[1]} ."
             places = [(0, -1), (0, 1)] if relation == "above" else [(-1, 0), (1, 0)]
-            drawn = [(name, "alone", 0.5 * dx, 0.5 * dy) for name, (dx, dy) in zip(names, places)]
+            drawn = [(name, "either", 0.5 * dx, 0.5 * dy) for name, (dx, dy) in zip(names, places)]
         else:
             size, name = rng.choice(KINDS["size"]), rng.choice(KINDS["shape"])
             row, column = rng.randrange(3), rng.randrange(3)
             sentence = f"a {size} {name} {KINDS['place'][row]} {KINDS['place'][3 + column]} ."
-            sentence = name if self.say == "name" else sentence
+            if self.say == "name":               # of the same image
+                sentence = f"{name} ."
             drawn = [(name, size, 0.36 * (column - 1), 0.36 * (row - 1))]
         pixels = draw_background(rng, x, y)
         for name, size, dx, dy in drawn:
@@ -199,8 +202,8 @@ def resolve(given, checkpoint):
     cfg = checked_config(config, size=run.size, step=run.step, **values)
     require(cfg.cls_last and cfg.rope and cfg.mask in ("causal", "soft_log"), "a model that writes "
             "has the class token last, RoPE and an exactly causal mask, without which words would "
-            "see the answer: use --step rope or abs_pos, or a later one with --mask soft_log, whose "
-            "alpha is 0 throughout")
+            "see the answer: use --step rope or abs_pos, or a later one with --mask soft_log, "
+            "whose alpha is 0 throughout")
     return run, recipe, cfg
 
 
@@ -260,7 +263,8 @@ def train(argv):
     order = train_batches(len(images), recipe.batch_size, accumulate, rank, world, run.seed,
                           recipe.epochs, state.iteration)
     train_loader = loader(images, order, machine.workers, device)
-    val_loader = loader(val, eval_batches(len(val), micro_batch, rank, world), machine.workers, device)
+    order = eval_batches(len(val), micro_batch, rank, world)
+    val_loader = loader(val, order, machine.workers, device)
     per_epoch = len(images) // recipe.batch_size                 # iterations
 
     # Model and optimizer
@@ -319,8 +323,8 @@ def train(argv):
         parts = "  ".join(f"{kind} {row[f'test_{kind}']:.1f} %" for kind in KINDS
                           if f"test_{kind}" in row)
         print_rank0(f"epoch {epoch}  train loss {row['train_loss']:.4f}  exact sentences "
-                    f"{row['test_exact']:.1f} %  {parts}  {row['time_images_per_s']:,.0f} images/s  "
-                    f"{row['time_s']:,.0f} s")
+                    f"{row['test_exact']:.1f} %  {parts}  {row['time_images_per_s']:,.0f} "
+                    f"images/s  {row['time_s']:,.0f} s")
         folder.log(row)
         improved = row["test_exact"] > state.best_exact
         state.best_exact = max(state.best_exact, row["test_exact"])
@@ -342,13 +346,25 @@ def open_captioner(source):
     return build(checkpoint, Captioner).eval(), checkpoint
 
 
+def sheet(images, sentences):
+    """A PIL image of some images (n, 3, H, W), uint8, four in a row, a sentence below each."""
+    page = Image.new("RGB", (4 * 200, -(-len(images) // 4) * 160), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (pixels, sentence) in enumerate(zip(images, sentences)):
+        x, y = 200 * (i % 4), 160 * (i // 4)
+        image = TF.to_pil_image(pixels).resize((128, 128), Image.Resampling.NEAREST)
+        page.paste(image, (x + 36, y + 8))
+        pen.text((x + 100, y + 140), sentence, fill="black", anchor="ma")
+    return page
+
+
 @torch.no_grad()
 def show(argv):
     parser = Parser(prog="python -m downstream.caption show")
     parser.add_argument("checkpoint", help="a run's folder, its best.pt or last.pt")
     parser.add_argument("--image", type=nonempty, help="an image; default: eight drawn ones")
     parser.add_argument("--rows", action="store_true", help="after each row of patches, too")
-    parser.add_argument("--draw", type=nonempty, help="a .png to draw the eight images in")
+    parser.add_argument("--draw", type=nonempty, help="a .png to draw the images and sentences in")
     args = parser.parse_args(argv)
     check_bounds(vars(args))
     model, checkpoint = open_captioner(args.checkpoint)
@@ -359,7 +375,8 @@ def show(argv):
     else:
         val = Captioned(checkpoint["run"]["say"], "val", size, 8)
         images, right = (torch.stack(part) for part in zip(*(val[0, index] for index in range(8))))
-    for i, words in enumerate(model.write(normalize(images))):
+    written = model.write(normalize(images))
+    for i, words in enumerate(written):
         expected = "" if args.image else f"   ({text_of(right[i].tolist())})"
         print(text_of(words) + expected)
         if args.rows:
@@ -368,8 +385,7 @@ def show(argv):
                 reader.read(strip)
                 print(f"    row {row + 1} of {model.cfg.grid}   {text_of(reader.write())}")
     if args.draw:
-        grid = make_grid(F.interpolate(images, scale_factor=4), nrow=4, padding=4, pad_value=255)
-        save_png(TF.to_pil_image(grid), args.draw, "downstream.caption")
+        save_png(sheet(images, map(text_of, written)), args.draw, "downstream.caption")
 
 
 @report_errors()

@@ -419,6 +419,19 @@ def select_table():
                  body)
 
 
+def caption_table():
+    """Of the same images: sentences, and names alone."""
+    says = dict(one="a large star top left .", name="star .", two="a star above a ring .")
+    kinds, body = ("exact", "size", "shape", "place", "relation"), []
+    found = {say: rows("caption", say=say).set_index("seed") for say in says}
+    for say, example in says.items():
+        columns = [found[say][f"test_{kind}"] for kind in kinds]
+        body.append([example, *("" if column.isna().all() else column for column in columns)])
+    change = interval(found["one"].test_shape, found["name"].test_shape)
+    body.append(["sentence - name alone [95 %]", "", "", change, "", ""])
+    return table(f"what it writes: right, % | {' | '.join(kinds)}", body)
+
+
 # --------------------------------------------------------------------------------------------------
 # Speed and memory
 
@@ -500,7 +513,7 @@ PARTS = dict(
     calibration=calibration_table, landscape=landscape_table, shape=shape_table, bias=bias_table,
     quantize=quantize_table, anytime=anytime_table, epochs=epochs_table, lengths=lengths_table,
     rates=rates_table, long=long_table, segment=segment_table, transfer=transfer_table,
-    tiny=tiny_transfer_table, select=select_table, macs=macs_table, hours=hours_table)
+    tiny=tiny_transfer_table, select=select_table, caption=caption_table, macs=macs_table, hours=hours_table)
 for path in (RESULTS / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}

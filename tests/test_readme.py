@@ -12,14 +12,14 @@ import torch
 import model
 import train
 from conftest import DEADLINE, ROOT, SMALL
-from downstream import segment
+from downstream import caption, segment
 from model import STEPS, VisionTransformer, config
 from replication import report
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for pattern in ("README.md", "docs/*.md", "replication/**/*.md")
          for page in sorted(ROOT.glob(pattern))}
 COMMANDS = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))              # a command a line
-for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", "0"), ("step", "vit")]:
+for name, value in [*re.findall(r'^([A-Z]+)="(.*)"$', COMMANDS, re.M), ("seed", "0"), ("step", "vit"), ("say", "one")]:
     COMMANDS = COMMANDS.replace(f"${name}", value)
 
 
@@ -80,7 +80,7 @@ def test_the_figures_that_the_pages_show_are_those_that_exist():
     shown = set(re.findall(r"images/([\w.-]+\.(?:png|svg))", "\n".join(PAGES.values())))
     assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}
     drawn = re.findall(r"^def draw_(\w+)", (ROOT / "replication" / "figures.py").read_text(), re.M)
-    assert shown | {"social.png"} == {"blocks.svg", *(f"{name}.png" for name in drawn)}
+    assert shown | {"social.png"} == {"blocks.svg", "captions.png", *(f"{name}.png" for name in drawn)}
 
 
 def test_code_fits_the_page():
@@ -101,12 +101,18 @@ def test_segmentation_commands_have_flags_that_exist(command):
     segment.parse(shlex.split(command))
 
 
+@pytest.mark.parametrize("command", re.findall(r"-m downstream\.caption(?! show)(.*?)(?:`.*|#.*)?$", COMMANDS, re.M))
+def test_captioning_commands_have_flags_that_exist(command):
+    caption.parse(shlex.split(command))
+
+
 def test_other_commands_have_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun)[^`\n]* (?:-m )?(eval\.py|replication\.\w+\b(?! train| control)"
-                          r"|downstream\.(?!segment|anytime train)\w+|downstream\.segment(?= eval))(.*?)(?:#.*)?$", COMMANDS, re.M)
+                          r"|downstream\.(?!segment|caption|anytime train)\w+|downstream\.(?:segment(?= eval)|caption(?= show)))"
+                          r"(.*?)(?:#.*)?$", COMMANDS, re.M)
     assert {file for file, _ in commands} == {"eval.py", *(f"replication.{name}" for name in (
         "ladder", "properties", "figures", "report", "anytime", "starts", "transfer", "quantize", "bench_model", "bench_data")),
-        *(f"downstream.{name}" for name in ("compare", "export", "attention", "anytime", "selection", "segment", "llama"))}
+        *(f"downstream.{name}" for name in ("compare", "export", "attention", "anytime", "selection", "segment", "llama", "caption"))}
     for file, flags in commands:
         source = (ROOT / (file if file.endswith(".py") else file.replace(".", "/") + ".py")).read_text()
         shares = {"eval.py": "harness/run.py", "replication.properties": "harness/run.py",

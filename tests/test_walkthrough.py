@@ -39,6 +39,16 @@ def rope_table_2d(grid, d):                                  # of all frequencie
     table = rope_table(grid, d)
     rows, columns = table.repeat_interleave(grid, dim=1), table.repeat(1, grid, 1)
     return torch.where(torch.arange(d) // 2 % 2 == 0, columns, rows)
+"""],
+    "second word": ["""
+def second_word(model, images):
+    words = torch.zeros(len(images), 2, dtype=torch.long)
+    words[:, 0] = model(images, words)[:, 0].argmax(-1)
+    return model(images, words)[:, 1].argmax(-1)
+""", """
+def second_word(model, images):
+    first = model(images, torch.zeros(len(images), 1, dtype=torch.long)).argmax(-1)
+    return model(images, torch.cat([first, first], dim=1)).argmax(-1)[:, 1]
 """]}
 WRONG = {  # the first right one, with a mistake: what was, what is
     "sliding window": [("- width", "- width - 1"),                           # one token too many
@@ -49,14 +59,16 @@ WRONG = {  # the first right one, with a mistake: what was, what is
                   ("registers = registers", "registers = registers.detach()")],                      # never trained
     "2-D RoPE": [("[rows, columns]", "[rows, rows]"),                        # depends on rows alone
                  ("table = rope_table(grid, d // 2)", "return rope_table(grid * grid, d)"),          # 1-D, along the raster
-                 ("[rows, columns], dim=-1", "[rows + columns] * 2, dim=-1")]}                       # no rotation
+                 ("[rows, columns], dim=-1", "[rows + columns] * 2, dim=-1")],                       # no rotation
+    "second word": [("[:, 1].argmax", "[:, 0].argmax"),                      # the first one again
+                    ("    words[:, 0] = model(images, words)[:, 0].argmax(-1)\n", "")]}            # after no word
 
 
 def verdict(name, solution, capsys):
     """What the notebook's last cell says of a solution of one exercise, the others unsolved."""
     torch.manual_seed(0)
     names = {}
-    exec("import torch\nfrom model import Mask, rope_table, rotate\n" + CELLS[-2] + solution + "\n" + CELLS[-1], names)
+    exec("import torch\nfrom model import Mask, config, rope_table, rotate\n" + CELLS[-2] + solution + "\n" + CELLS[-1], names)
     verdicts = dict(re.findall(r"^(.+): (.*)$", capsys.readouterr().out, re.M))
     assert set(verdicts) == set(RIGHT) and set(verdicts.values()) <= {verdicts[name], "not written yet"}
     return verdicts[name]
@@ -74,7 +86,7 @@ def test_the_checks_of_the_exercises_tell_right_from_wrong(name, capsys):
 
 def test_it_is_committed_with_its_outputs_and_small():
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert NOTEBOOK.stat().st_size < 1_000_000 and len(cells) == 12
+    assert NOTEBOOK.stat().st_size < 1_000_000 and len(cells) == 13
     assert all(cell["outputs"] and cell["execution_count"] for cell in cells[:-2])
     assert max(len(line) for cell in CELLS for line in cell.splitlines()) <= 88         # the width of its boxes
 
