@@ -176,12 +176,13 @@ def test_a_plot_has_a_curve_of_each_run_in_both_panels(suffix, tmp_path, capsys)
 @pytest.mark.parametrize("plot, words", [
     ("curves.txt", "curves.txt: give a file that ends in .png, .pdf or .svg"),
     ("curves", "curves: give a file that ends in .png, .pdf or .svg"),
-    ("none/curves.png", "none/curves.png: No such file or directory: give another path"),
-    ("folder.png", "folder.png: Is a directory: give another path")])
+    ("mine.png", "mine.png is there, and not of downstream.compare: give another name, or remove it"),
+    ("folder.png", "folder.png cannot be written (Is a directory)")])
 def test_a_plot_that_cannot_be_written_is_refused_before_the_table(plot, words, tmp_path, capsys):
     if plot.endswith(".png"):
         pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "mine.png").write_text("mine")
     assert words in refused(compare, [make(tmp_path / "run"), "--plot", tmp_path / plot], capsys)
 
 

@@ -164,7 +164,7 @@ def test_figures_are_all_drawn_unless_some_are_named(monkeypatch, capsys):
     monkeypatch.setattr(figures, "plt", None)                                # so that nothing is drawn
     for flags in ([], ["--data", "shapes"], ["masks"]):
         assert "the figures need matplotlib" in refused(figures, flags, capsys)
-    assert "there is no figure mask: give some of masks, shapes" in refused(figures, ["mask"], capsys)
+    assert "there is no figure mask: give some of masks, social" in refused(figures, ["mask"], capsys)
 
 
 def test_a_folder_of_runs_belongs_to_one_set_of_flags(tmp_path):

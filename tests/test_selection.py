@@ -175,7 +175,7 @@ def make_small(tmp_path, *flags, source="larger.pt"):
 
 def test_the_program_writes_a_checkpoint_of_the_smaller_model_that_evaluation_takes(larger, tmp_path, capsys):
     checkpoint = make_small(tmp_path, "--rule", "aligned", "--seed", 3)
-    assert checkpoint.keys() == set(CHECKPOINT)
+    assert checkpoint.keys() == {*CHECKPOINT, "made_by"}
     assert checkpoint["config"] == asdict(config(**SMALLER)) and checkpoint["classes"] == list("01234")
     assert checkpoint["alpha"] == 0 and checkpoint["run"] == dict(size="nano", step="soft_mask", data="shapes", dtype="float32", seed=3)
     model = VisionTransformer(config(**SMALLER))
