@@ -163,7 +163,7 @@ class Recipe:
 @dataclass
 class Run:
     """What to train, on what."""
-    size: str = "tiny"           # width, depth and heads, see model.py
+    size: str = "tiny"           # width and heads, see model.py; 6 blocks unless --depth says else
     step: str = "abs_pos"        # step from ViT to iLLaMA, see model.py: abs_pos or rope
     say: str = "one"             # a sentence about one shape, about two, or the name of one
     recipe: str = "words"        # the only one
