@@ -492,6 +492,7 @@ def work(done=pathlib.Path(sys.argv[1])):
 processes.setup("cpu")
 assert processes.once_per_node(work)
 sys.stdout.write(processes.on_rank_0(lambda: "from 0\\n" if processes.is_rank_0() else "from 1\\n"))
+processes.shut_down()
 """)
     code, said, errors = in_ranks(2, tmp_path / "program.py", tmp_path / "done")
     assert code == 0, errors
