@@ -513,7 +513,8 @@ PARTS = dict(
     calibration=calibration_table, landscape=landscape_table, shape=shape_table, bias=bias_table,
     quantize=quantize_table, anytime=anytime_table, epochs=epochs_table, lengths=lengths_table,
     rates=rates_table, long=long_table, segment=segment_table, transfer=transfer_table,
-    tiny=tiny_transfer_table, select=select_table, caption=caption_table, macs=macs_table, hours=hours_table)
+    tiny=tiny_transfer_table, select=select_table, caption=caption_table, macs=macs_table,
+    hours=hours_table)
 for path in (RESULTS / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
