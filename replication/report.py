@@ -330,6 +330,23 @@ def lengths_table():
         for what in dict.fromkeys(what for what, _ in cells)])
 
 
+TAKEN_APART = {
+    "causal mask": ("ps_cls", "rmsnorm"), "RoPE in place of learned positions": ("rope", "ps_cls"),
+    "learned positions as well": ("abs_pos", "rope"), "soft mask": ("soft_mask", "abs_pos"),
+    "all of them": ("soft_mask", "rmsnorm")}
+
+
+def taken_apart_table():
+    """What makes size T's lead early in training."""
+    accuracy, losses = (by_step("ladder-tiny", key) for key in ("test_acc1", "train_loss"))
+    changes, of_loss = starred(TAKEN_APART, accuracy), starred(TAKEN_APART, losses, 3)
+    return table("size T, 3 epochs | `--step` | top-1, % | against the step before [95 %] "
+                 "| training loss [95 %]", [
+        ["bidirectional", "`rmsnorm`", accuracy["rmsnorm"], "", ""],
+        *([what, f"`{step}`", accuracy[step], changes[what], of_loss[what]]
+          for what, (step, _) in TAKEN_APART.items())], left=2)
+
+
 def rates_table():
     """SwiGLU at other learning rates."""
     found = {"5e-4": ladder(flags="--lr 5e-4"), "1e-3": ladder(), "2e-3": ladder(flags="--lr 2e-3")}
@@ -513,8 +530,8 @@ PARTS = dict(
     calibration=calibration_table, landscape=landscape_table, shape=shape_table, bias=bias_table,
     quantize=quantize_table, anytime=anytime_table, epochs=epochs_table, lengths=lengths_table,
     rates=rates_table, long=long_table, segment=segment_table, transfer=transfer_table,
-    tiny=tiny_transfer_table, select=select_table, caption=caption_table, macs=macs_table,
-    hours=hours_table)
+    tiny=tiny_transfer_table, select=select_table, caption=caption_table,
+    apart=taken_apart_table, macs=macs_table, hours=hours_table)
 for path in (RESULTS / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
