@@ -5,11 +5,12 @@
     python -m replication.bench_model --device cuda --sizes base --dtypes bfloat16 --batch-sizes 128
 
 All contenders are built first and then timed in turns, so that a slow minute of the machine hits
-all of them; each row is the median of the turns. `peak` is the fraction of the peak matmul
-throughput, measured between them: 2 (inference) or 6 (training) times the published dense
-multiply-accumulates of the iLLaMA of that size, per second. `saved_mb` is the activation memory
-(saved for backward); `step_mb`, on a GPU, the most memory that a step takes beside the weights;
-both in 10^6 bytes.
+all of them. That is done three times: `images_per_s_each` has the medians of the turns, in order,
+and `images_per_s` is their median. `published` is the authors' own model, from their repository's
+folder models/ on PYTHONPATH. `peak` is the fraction of the peak matmul throughput, measured between
+them: 2 (inference) or 6 (training) times the published dense multiply-accumulates of the iLLaMA of
+that size, per second. `saved_mb` is the activation memory (saved for backward); `step_mb`, on a
+GPU, the most memory that a step takes beside the weights; both in 10^6 bytes.
 """
 import importlib
 import itertools
@@ -27,6 +28,7 @@ from harness.flags import InputError, Parser, check_bounds, nonempty, require
 from harness.processes import DEVICES, processor, report_errors, use_tf32, wrap
 from harness.run import Machine
 from model import SIZES, VisionTransformer, config
+from replication.fused import DoubledKeys, TwoPasses
 from replication.properties import append_row, multiply_accumulates, one_process
 
 # tf32: float32 with TF32 in matrix multiplications
@@ -45,14 +47,14 @@ def medians_in_turns(ways, repeats, warm_up=0):
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
-def peer(module):
-    """A module of timm, without the warnings that an old one gives."""
+def peer(module, remedy="pip install --no-deps timm==0.5.4"):
+    """A module of others, without the warnings that an old one gives."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:
-        raise InputError("timm is missing: pip install --no-deps timm==0.5.4, or leave it out of "
+        raise InputError(f"{module} cannot be imported ({error}): {remedy}, or leave it out of "
                          "--models") from error
 
 
@@ -73,6 +75,23 @@ def build_illama(size, img_size, **fields):
     return model
 
 
+def build_fused(attention, size, img_size):
+    """`soft` with another way to its attention, but in the last block, of which one token is
+    read."""
+    model = build_illama(size, img_size)
+    for block in model.blocks[:-1]:
+        block.attn = attention(model.cfg)
+    return model
+
+
+def build_published(size, img_size):
+    authors = peer("illama", "put models/ of a clone of github.com/techmonsterwang/iLLaMA on "
+                   "PYTHONPATH, with timm beside it")
+    model = getattr(authors, f"illama_{size}")(img_size=img_size)
+    model.update_soft_mask(0.5)
+    return model
+
+
 MODELS = {  # name: how it is built, for a size and an image size
     "timm": build_timm,
     "torchvision": build_torchvision,
@@ -82,6 +101,9 @@ MODELS = {  # name: how it is built, for a size and an image size
     "soft": build_illama,
     "soft_log": partial(build_illama, mask="soft_log"),
     "soft, recompute": build_illama,
+    "soft, two passes": partial(build_fused, TwoPasses),
+    "soft, doubled keys": partial(build_fused, DoubledKeys),
+    "published": build_published,
 }
 
 
@@ -198,16 +220,19 @@ def main(argv=None):
         ways[key] = contender.run
         print(f"ready: {rows[key]}", file=sys.stderr)
 
-    seconds = medians_in_turns(ways, args.repeats, warm_up=1)
+    timings = [medians_in_turns(ways, args.repeats, warm_up=1) for _ in range(3)]
     versions = dict(device=processor(device))
     if "timm" in args.models:
         versions["timm"] = peer("timm").__version__
     for key, row in rows.items():
         macs = multiply_accumulates(config(row["size"], img_size=row["img_size"]))["published"]
         work = (2 if args.inference else 6) * macs
-        rate, peak = row["batch_size"] / seconds[key], 4 * 2 * n ** 3 / seconds[row["dtype"]]
-        append_row(row | dict(images_per_s=round(rate, 3), peak=round(rate * work / peak, 3),
-                              matmul_gflops=round(peak / 1e9), **versions), args.out)
+        each = [round(row["batch_size"] / seconds[key], 3) for seconds in timings]
+        rate = statistics.median(each)
+        peak = 4 * 2 * n ** 3 / statistics.median(seconds[row["dtype"]] for seconds in timings)
+        append_row(row | dict(images_per_s=rate, images_per_s_each=each,
+                              peak=round(rate * work / peak, 3), matmul_gflops=round(peak / 1e9),
+                              **versions), args.out)
 
 
 if __name__ == "__main__":

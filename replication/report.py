@@ -500,12 +500,17 @@ def measured_table(name, what, cell):
 
 
 def speed_table(name):
-    """Images/s of the first model, and the others' as multiples of it."""
+    """Images/s of the first model, and the others' as multiples of it, where there are three
+    timings with the least and the largest."""
     def cell(row, first):
         rate = row.images_per_s
         if row.model == first.model:
             return f"{rate:,.{0 if rate > 100 else 2}f} images/s"
-        return f"{rate / first.images_per_s:.2f} x"
+        ratio = f"{rate / first.images_per_s:.2f} x"
+        if not isinstance(row.get("images_per_s_each"), list):
+            return ratio
+        ratios = [a / b for a, b in zip(row.images_per_s_each, first.images_per_s_each)]
+        return f"{ratio} ({min(ratios):.2f} to {max(ratios):.2f})"
     return measured_table(name, "images_per_s", cell)
 
 
