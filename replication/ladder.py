@@ -8,10 +8,10 @@
     # Size T, several runs at once on a GPU
     python -m replication.ladder --long --epochs 100 --device cuda --jobs 4
 
-A finished run appends its last line of metrics to rows.jsonl in --out, its step or variant as
-`step`, and its folder stays. results/ladder.jsonl holds the rows that the README shows; all were
-run on a CPU, so that they compare. Rows of --with name its flags as `with`;
-results/ladder-with.jsonl holds those that the pages show, ladder-long.jsonl of --long.
+A finished run appends its last line of metrics, with the accuracy after each epoch, to rows.jsonl
+in --out, its step or variant as `step`, and its folder stays. results/ladder.jsonl holds the rows
+that the README shows; all were run on a CPU, so that they compare. Rows of --with name its flags as
+`with`; results/ladder-with.jsonl holds those that the pages show, ladder-long.jsonl of --long.
 """
 import json
 import os
@@ -162,10 +162,9 @@ def claim(folder, args):
     write(file, json.dumps(about).encode())
 
 
-def train_all(runs, args, curve=False):
+def train_all(runs, args):
     """Runs {name: (command, fields that its row gets)}, args.jobs at a time, but those that have
-    their row in rows.jsonl already; with `curve` it has the accuracy after each epoch, too. Returns
-    whether all are finished."""
+    their row in rows.jsonl already. Returns whether all are finished."""
     claim(args.out, args)
     table, left, code = args.out / "rows.jsonl", {}, commit()
     done = read_rows(table)
@@ -182,9 +181,8 @@ def train_all(runs, args, curve=False):
             name = futures[future]
             if future.result() == 0:
                 epochs = read_rows(args.out / name / "metrics.jsonl")
-                row = epochs[-1] | left[name][1] | dict(commit=code)
-                if curve:
-                    row["acc1_by_epoch"] = [epoch["test_acc1"] for epoch in epochs]
+                row = epochs[-1] | left[name][1] | dict(
+                    commit=code, acc1_by_epoch=[epoch["test_acc1"] for epoch in epochs])
                 with open(table, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{name}: {row['test_acc1']:.2f} %", flush=True)
@@ -246,7 +244,7 @@ def main(argv=None):
             if more:
                 fields["with"] = vars(args)["with"]
             runs[f"{step}-{seed}"] = command, fields
-    sys.exit(0 if train_all(runs, args, curve=args.long) else 1)
+    sys.exit(0 if train_all(runs, args) else 1)
 
 
 if __name__ == "__main__":

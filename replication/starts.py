@@ -58,7 +58,7 @@ def train_larger(args, name, program):
     """Whether the larger model is trained."""
     command = [*program, *FLAGS.split(), *LARGER.split(), "--epochs", str(args.larger_epochs)]
     row = dict(data=args.data, start=name, seed=0, epoch=args.larger_epochs - 1)
-    return train_all({name: (command, row)}, args, curve=True)
+    return train_all({name: (command, row)}, args)
 
 
 def train_smaller(args, starts, larger, program, suffix=""):
@@ -76,7 +76,7 @@ def train_smaller(args, starts, larger, program, suffix=""):
                     make_start(start, args.out / larger / "last.pt", small, seed)
             row = dict(data=args.data, start=start + suffix, seed=seed, epoch=args.epochs - 1)
             runs[name] = [*command, "--seed", str(seed), *init], row
-    return train_all(runs, args, curve=True)
+    return train_all(runs, args)
 
 
 @report_errors()
