@@ -311,23 +311,18 @@ def epochs_table():
 
 
 def lengths_table():
-    """How the mask's difference changes with more epochs."""
-    def mask(found):
-        return found["ps_cls"] - found["rmsnorm"]
-    changes = {}
+    """How much the mask's difference changes with more epochs."""
+    columns = []
     for key, digits in (("test_acc1", 1), ("train_loss", 3)):
-        changes["17 tokens, 3 to 20 epochs", key] = (
-            mask(by_step("cifar10-20-epochs", key)),
-            mask(ladder(key, flags="--patch-size 8")), digits)
-        changes["65 tokens, 3 to 10 epochs", key] = (
-            mask(by_step("ladder", key, epoch=9)), mask(ladder(key)), digits)
-    beyond_chance = holm({name: paired(late, early)[3]
-                          for name, (late, early, _) in changes.items()})
-    cells = {name: interval(*change) + (" *" if name in beyond_chance else "")
-             for name, change in changes.items()}
+        lengths = dict(tokens_17=ladder(key, flags="--patch-size 8"),
+                       tokens_17_later=by_step("cifar10-20-epochs", key),
+                       tokens_65=ladder(key), tokens_65_later=by_step("ladder", key, epoch=9))
+        mask = {name: found["ps_cls"] - found["rmsnorm"] for name, found in lengths.items()}
+        columns.append(starred({"17 tokens, 3 to 20 epochs": ("tokens_17_later", "tokens_17"),
+                                "65 tokens, 3 to 10 epochs": ("tokens_65_later", "tokens_65")},
+                               mask, digits))
     return table("change of the mask's difference [95 %] | top-1 | training loss", [
-        [what, cells[what, "test_acc1"], cells[what, "train_loss"]]
-        for what in dict.fromkeys(what for what, _ in cells)])
+        [what, *(column[what] for column in columns)] for what in columns[0]])
 
 
 TAKEN_APART = {
@@ -345,6 +340,26 @@ def taken_apart_table():
         ["bidirectional", "`rmsnorm`", accuracy["rmsnorm"], "", ""],
         *([what, f"`{step}`", accuracy[step], changes[what], of_loss[what]]
           for what, (step, _) in TAKEN_APART.items())], left=2)
+
+
+LATE = {  # alpha above 0 for half of the epochs
+    "soft mask, alpha 1, then 0": "soft_constant", "soft mask, alpha from 1 to 0": "soft_mask",
+    "the same without a leak": "soft_log"}
+
+
+def late_table():
+    """A soft mask that outlasts the warm-up."""
+    accuracy, losses = (by_step("soft-mask-late", key) for key in ("test_acc1", "train_loss"))
+    pairs = {what: (step, "abs_pos") for what, step in LATE.items()}
+    pairs["the leak: soft mask - without"] = "soft_mask", "soft_log"
+    changes, of_loss = starred(pairs, accuracy), starred(pairs, losses, 3)
+    lines = {"exact mask throughout (`abs_pos`)": "abs_pos"} | LATE
+    body = [[what, accuracy[step], plus_minus(losses[step], 3), changes.get(what, ""),
+             of_loss.get(what, "")] for what, step in lines.items()]
+    what = [*pairs][-1]
+    body.append([what, "", "", changes[what], of_loss[what]])
+    return table("6 epochs, alpha above 0 in the first 3 | top-1, % | training loss "
+                 "| top-1 against exact [95 %] | training loss [95 %]", body)
 
 
 def rates_table():
@@ -534,8 +549,8 @@ PARTS = dict(
     published=published_table, collapse=collapse_table, rank=rank_table,
     calibration=calibration_table, landscape=landscape_table, shape=shape_table, bias=bias_table,
     quantize=quantize_table, anytime=anytime_table, epochs=epochs_table, lengths=lengths_table,
-    rates=rates_table, long=long_table, segment=segment_table, transfer=transfer_table,
-    tiny=tiny_transfer_table, select=select_table, caption=caption_table,
+    late=late_table, rates=rates_table, long=long_table, segment=segment_table,
+    transfer=transfer_table, tiny=tiny_transfer_table, select=select_table, caption=caption_table,
     apart=taken_apart_table, macs=macs_table, hours=hours_table)
 for path in (RESULTS / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
