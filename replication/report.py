@@ -329,37 +329,22 @@ TAKEN_APART = {
     "causal mask": ("ps_cls", "rmsnorm"), "RoPE in place of learned positions": ("rope", "ps_cls"),
     "learned positions as well": ("abs_pos", "rope"), "soft mask": ("soft_mask", "abs_pos"),
     "all of them": ("soft_mask", "rmsnorm")}
-
-
-def taken_apart_table():
-    """What makes size T's lead early in training."""
-    accuracy, losses = (by_step("ladder-tiny", key) for key in ("test_acc1", "train_loss"))
-    changes, of_loss = starred(TAKEN_APART, accuracy), starred(TAKEN_APART, losses, 3)
-    return table("size T, 3 epochs | `--step` | top-1, % | against the step before [95 %] "
-                 "| training loss [95 %]", [
-        ["bidirectional", "`rmsnorm`", accuracy["rmsnorm"], "", ""],
-        *([what, f"`{step}`", accuracy[step], changes[what], of_loss[what]]
-          for what, (step, _) in TAKEN_APART.items())], left=2)
-
-
 LATE = {  # alpha above 0 for half of the epochs
-    "soft mask, alpha 1, then 0": "soft_constant", "soft mask, alpha from 1 to 0": "soft_mask",
-    "the same without a leak": "soft_log"}
+    "soft mask, alpha 1, then 0": ("soft_constant", "abs_pos"),
+    "soft mask, alpha from 1 to 0": ("soft_mask", "abs_pos"),
+    "the same without a leak": ("soft_log", "abs_pos"),
+    "the leak: soft mask against that": ("soft_mask", "soft_log")}
 
 
-def late_table():
-    """A soft mask that outlasts the warm-up."""
-    accuracy, losses = (by_step("soft-mask-late", key) for key in ("test_acc1", "train_loss"))
-    pairs = {what: (step, "abs_pos") for what, step in LATE.items()}
-    pairs["the leak: soft mask - without"] = "soft_mask", "soft_log"
+def changes_table(name, title, start, pairs):
+    """What steps change, by rows of their own. `start`: the name and the step of the first line."""
+    accuracy, losses = (by_step(name, key) for key in ("test_acc1", "train_loss"))
     changes, of_loss = starred(pairs, accuracy), starred(pairs, losses, 3)
-    lines = {"exact mask throughout (`abs_pos`)": "abs_pos"} | LATE
-    body = [[what, accuracy[step], plus_minus(losses[step], 3), changes.get(what, ""),
-             of_loss.get(what, "")] for what, step in lines.items()]
-    what = [*pairs][-1]
-    body.append([what, "", "", changes[what], of_loss[what]])
-    return table("6 epochs, alpha above 0 in the first 3 | top-1, % | training loss "
-                 "| top-1 against exact [95 %] | training loss [95 %]", body)
+    what, step = start
+    return table(f"{title} | `--step` | top-1, % | difference [95 %] | training loss [95 %]", [
+        [what, f"`{title_of(step)}`", accuracy[step], "", ""],
+        *([what, f"`{title_of(step)}`", accuracy[step], changes[what], of_loss[what]]
+          for what, (step, _) in pairs.items())], left=2)
 
 
 def rates_table():
@@ -549,9 +534,13 @@ PARTS = dict(
     published=published_table, collapse=collapse_table, rank=rank_table,
     calibration=calibration_table, landscape=landscape_table, shape=shape_table, bias=bias_table,
     quantize=quantize_table, anytime=anytime_table, epochs=epochs_table, lengths=lengths_table,
-    late=late_table, rates=rates_table, long=long_table, segment=segment_table,
-    transfer=transfer_table, tiny=tiny_transfer_table, select=select_table, caption=caption_table,
-    apart=taken_apart_table, macs=macs_table, hours=hours_table)
+    rates=rates_table, long=long_table, segment=segment_table, transfer=transfer_table,
+    tiny=tiny_transfer_table, select=select_table, caption=caption_table,
+    apart=partial(changes_table, "ladder-tiny", "size T, 3 epochs", ("bidirectional", "rmsnorm"),
+                  TAKEN_APART),
+    late=partial(changes_table, "soft-mask-late", "6 epochs, alpha above 0 in the first 3",
+                 ("exact mask throughout", "abs_pos"), LATE),
+    macs=macs_table, hours=hours_table)
 for path in (RESULTS / "speed").glob("*.jsonl"):
     PARTS |= {f"speed-{path.stem}": partial(speed_table, path.stem),
               f"memory-{path.stem}": partial(memory_table, path.stem)}
