@@ -7,10 +7,11 @@
 #
 # Nothing is downloaded. CIFAR-10 is the folder $CIFAR10, by default datasets/cifar10/, with train/ and val/ of class
 # folders; where there is none, datasets/cifar10.tar.gz is unpacked. Photos are those of the folder $PHOTOS, laid out in
-# the same way; without it some are drawn. Every part is ended after $LIMIT seconds (230), and what it has measured by
-# then is in OUT, a row at a time. The ladder runs $JOBS (4) at once for $EPOCHS, or for as many as a pilot says will fit;
-# it saves itself, and with the same $EPOCHS goes on where it was in the next call. $STEPS are the steps that it trains,
-# with one seed, if not all that there is time for.
+# the same way; without it some are drawn. $AUTHORS is models/ of a clone of github.com/techmonsterwang/iLLaMA, which is
+# then timed, too. Every part is ended after $LIMIT seconds (230), and what it has measured by then is in OUT, a row at a
+# time. The ladder runs $JOBS (4) at once for $EPOCHS, or for as many as a pilot says will fit; it saves itself, and with
+# the same $EPOCHS goes on where it was in the next call. $STEPS are the steps that it trains, with one seed, if not all
+# that there is time for.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 small="" parts=() out=""
@@ -51,26 +52,30 @@ model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jso
     run "$python" -m replication.bench_model --device $device --out "$out/speed-$name.jsonl" "$@"
 }
 
-compiled() {    # a size, a batch size, models and image sizes that are compiled for it, as flags
-    echo "--sizes $1 --batch-sizes $2 --dtypes bfloat16 --compile 1 --img-sizes $4 --models $3"
+trainings() {    # calls $1 with each: its name, size, batch size, image sizes and models
+    $1 tiny tiny 256 224 timm none causal soft soft_log "soft, two passes" "soft, doubled keys"
+    $1 tokens tiny 16 "512 1024" none causal
+    $1 base base 128 224 timm causal soft "soft, two passes" "soft, doubled keys"
+    $1 small small 256 224 timm soft "soft, two passes" "soft, doubled keys"
 }
-# name, size, batch size, models and image sizes
-trained=("tiny tiny 256 timm,none,causal,soft,soft_log 224" "tokens tiny 16 none,causal 512,1024"
-         "base base 128 timm,causal,soft 224" "small small 256 timm,soft 224")
+
+compile_each() {
+    local size=$2 batch=$3 img_sizes=$4 img_size one
+    for one in "${@:5}"; do
+        for img_size in $img_sizes; do
+            run "$python" -m replication.bench_model --device $device --sizes $size --batch-sizes $batch --dtypes bfloat16 \
+                --compile 1 --img-sizes $img_size --models "$one" --repeats 1 &
+        done
+    done
+    wait                                            # all at once they take more than 80 GB
+}
 
 compile() {    # each model in a process of its own, into torch's cache on disk, from which `speed` takes them
-    [ -z "$small" ] || return
-    local name size batch models img_sizes
-    for line in "${trained[@]}"; do
-        read -r name size batch models img_sizes <<< "$line"
-        for one in ${models//,/ }; do
-            for img_size in ${img_sizes//,/ }; do
-                run "$python" -m replication.bench_model --device $device $(compiled $size $batch $one $img_size) --repeats 1 &
-            done
-        done
-        [ $name != tokens ] || wait                 # all at once they take more than 80 GB
-    done
-    wait
+    [ -n "$small" ] || trainings compile_each
+}
+
+time_all() {
+    model training-$1 --sizes $2 --batch-sizes $3 --img-sizes $4 --models "${@:5}" --dtypes bfloat16 --compile 1
 }
 
 speed() {    # the most important first
@@ -79,14 +84,14 @@ speed() {    # the most important first
         model inference --models none causal --inference --dtypes float32 tf32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
         return
     fi
-    local name size batch models img_sizes
-    for line in "${trained[@]}"; do
-        read -r name size batch models img_sizes <<< "$line"
-        model training-$name $(compiled $size $batch "${models//,/ }" "${img_sizes//,/ }")
-    done
+    trainings time_all
     # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
-    model inference --inference --sizes tiny small base --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 tf32 \
-        --compile 0 --repeats 5
+    local size models=(timm causal soft)
+    [ -z "${AUTHORS:-}" ] || models+=(published)
+    for size in tiny small base; do
+        PYTHONPATH=${AUTHORS:-}:${PYTHONPATH:-} model inference --inference --sizes $size --batch-sizes 256 1024 --models "${models[@]}" \
+            --dtypes bfloat16 --repeats 5
+    done
     model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0 --repeats 5
 }
 
