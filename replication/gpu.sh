@@ -53,10 +53,14 @@ model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jso
 }
 
 trainings() {    # calls $1 with each: its name, size, batch size, image sizes and models
+    local size
     $1 tiny tiny 256 224 timm none causal soft soft_log "soft, two passes" "soft, doubled keys"
     $1 tokens tiny 16 "512 1024" none causal
     $1 base base 128 224 timm causal soft "soft, two passes" "soft, doubled keys"
     $1 small small 256 224 timm soft "soft, two passes" "soft, doubled keys"
+    for size in tiny small base; do
+        $1 $size-384 $size 32 384 timm soft "soft, two passes" "soft, doubled keys"
+    done
 }
 
 compile_each() {
@@ -86,7 +90,7 @@ speed() {    # the most important first
     fi
     trainings time_all
     # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
-    local size models=(timm causal soft)
+    local size models=(timm none causal soft soft_log)
     [ -z "${AUTHORS:-}" ] || models+=(published)
     for size in tiny small base; do
         PYTHONPATH=${AUTHORS:-}:${PYTHONPATH:-} model inference --inference --sizes $size --batch-sizes 256 1024 --models "${models[@]}" \
