@@ -3,12 +3,13 @@
 #
 #   bash replication/gpu.sh OUT                        # all parts, about 15 minutes on one H100
 #   bash replication/gpu.sh OUT tests speed            # some of them: tests, compile, speed, train, ladder
+#   LIMIT=450 bash replication/gpu.sh OUT fused        # more: other ways to the published mask, inference compiled
 #   bash replication/gpu.sh OUT --small                # a dry run on a CPU, 3 minutes of 2 cores
 #
 # Nothing is downloaded. CIFAR-10 is the folder $CIFAR10, by default datasets/cifar10/, with train/ and val/ of class
 # folders; where there is none, datasets/cifar10.tar.gz is unpacked. Photos are those of the folder $PHOTOS, laid out in
-# the same way; without it some are drawn. $AUTHORS is models/ of a clone of github.com/techmonsterwang/iLLaMA, which is
-# then timed, too. Every part is ended after $LIMIT seconds (230), and what it has measured by then is in OUT, a row at a
+# the same way; without it some are drawn. $AUTHORS is models/ of a clone of github.com/techmonsterwang/iLLaMA, which
+# `fused` times, too. Every part is ended after $LIMIT seconds (230), and what it has measured by then is in OUT, a row at a
 # time. The ladder runs $JOBS (4) at once for $EPOCHS, or for as many as a pilot says will fit; it saves itself, and with
 # the same $EPOCHS goes on where it was in the next call. $STEPS are the steps that it trains, with one seed, if not all
 # that there is time for.
@@ -18,7 +19,7 @@ small="" parts=() out=""
 for word in "$@"; do
     case $word in
         --small) small=yes ;;
-        tests|compile|speed|train|ladder) parts+=("$word") ;;
+        tests|compile|speed|fused|train|ladder) parts+=("$word") ;;
         *) out=${out:-$word} ;;
     esac
 done
@@ -53,17 +54,15 @@ model() {    # NAME and flags of bench_model.py, which appends to speed-NAME.jso
 }
 
 trainings() {    # calls $1 with each: its name, size, batch size, image sizes and models
-    local size
-    $1 tiny tiny 256 224 timm none causal soft soft_log "soft, two passes" "soft, doubled keys"
+    $1 tiny tiny 256 224 timm none causal soft soft_log
     $1 tokens tiny 16 "512 1024" none causal
-    $1 base base 128 224 timm causal soft "soft, two passes" "soft, doubled keys"
-    $1 small small 256 224 timm soft "soft, two passes" "soft, doubled keys"
-    for size in tiny small base; do
-        $1 $size-384 $size 32 384 timm soft "soft, two passes" "soft, doubled keys"
-    done
+    wait                                            # compiled all at once they take more than 80 GB
+    $1 base base 128 224 timm causal soft
+    $1 small small 256 224 timm soft
+    wait
 }
 
-compile_each() {
+compile_each() {    # begins to: each model in a process of its own, into torch's cache on disk
     local size=$2 batch=$3 img_sizes=$4 img_size one
     for one in "${@:5}"; do
         for img_size in $img_sizes; do
@@ -71,15 +70,14 @@ compile_each() {
                 --compile 1 --img-sizes $img_size --models "$one" --repeats 1 &
         done
     done
-    wait                                            # all at once they take more than 80 GB
-}
-
-compile() {    # each model in a process of its own, into torch's cache on disk, from which `speed` takes them
-    [ -n "$small" ] || trainings compile_each
 }
 
 time_all() {
     model training-$1 --sizes $2 --batch-sizes $3 --img-sizes $4 --models "${@:5}" --dtypes bfloat16 --compile 1
+}
+
+compile() {    # what `speed` takes from the cache
+    [ -n "$small" ] || trainings compile_each
 }
 
 speed() {    # the most important first
@@ -90,13 +88,34 @@ speed() {    # the most important first
     fi
     trainings time_all
     # Table 6 of the paper: DeiT and iLLaMA, whose mask is multiplied after the softmax
+    model inference --inference --sizes tiny small base --batch-sizes 1024 --models timm causal soft --dtypes bfloat16 tf32 \
+        --compile 0 --repeats 5
+    model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0 --repeats 5
+}
+
+other_ways() {
+    local size
+    for size in tiny small base; do
+        $1 fused-$size $size 128 224 timm soft "soft, two passes" "soft, doubled keys"
+        wait
+        $1 fused-$size-384 $size 32 384 timm soft "soft, two passes" "soft, doubled keys"
+        wait
+    done
+}
+
+fused() {    # other ways to the published mask; and inference compiled, all masks, beside the authors' model if it is there
+    if [ -n "$small" ]; then
+        model fused --models soft "soft, doubled keys" --dtypes float32 --compile 0 --img-sizes 32 --batch-sizes 2 --repeats 1
+        return
+    fi
+    other_ways compile_each
+    other_ways time_all
     local size models=(timm none causal soft soft_log)
     [ -z "${AUTHORS:-}" ] || models+=(published)
     for size in tiny small base; do
-        PYTHONPATH=${AUTHORS:-}:${PYTHONPATH:-} model inference --inference --sizes $size --batch-sizes 256 1024 --models "${models[@]}" \
-            --dtypes bfloat16 --repeats 5
+        PYTHONPATH=${AUTHORS:-}:${PYTHONPATH:-} model inference-compiled --inference --sizes $size --batch-sizes 256 1024 \
+            --models "${models[@]}" --dtypes bfloat16 --compile 1 --repeats 5
     done
-    model training-float32 --sizes tiny --batch-sizes 256 --models timm causal soft --dtypes float32 tf32 --compile 0 --repeats 5
 }
 
 photos() {    # the folder of photos, made if there is none
